@@ -1,0 +1,184 @@
+"""What a run is, as frozen values: presets, and the jobs that commands hand to workers.
+
+A default lives here or in a preset file, never in both and never in a function's
+signature further down. Derived sizes are properties, so nobody computes them twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+SAMPLE_RATE_HZ = 16_000  # what wav2vec2 hears
+VAE_STRIDE_PX = 8  # latent pixels are 8 x 8 picture pixels
+VAE_STRIDE_FRAMES = 4  # a latent frame is 4 frames, the first one excepted
+PATCH_PX = 16  # VAE stride times the DiT's 2 x 2 patch: a side must divide by it
+
+DEFAULT_PROMPT = (
+    "A person is talking. Only the foreground characters are moving, the background remains static."
+)
+
+
+class Frozen(BaseModel):
+    """Immutable, strict, and closed: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class ModelChoice(Frozen):
+    """Which weights, and where the speech encoder lies when it is not inside the model folder."""
+
+    name: str = "mini"
+    speech_encoder: str | None = None
+    weights: Literal["released", "random"] = "released"
+
+
+class Canvas(Frozen):
+    """The picture that is rendered, in pixels."""
+
+    width_px: int = Field(448, ge=64, le=4096)
+    height_px: int = Field(768, ge=64, le=4096)
+    fit: Literal["crop", "pad"] = "crop"
+    background: str = Field("#808080", pattern=r"^#[0-9a-fA-F]{6}$")
+
+    @field_validator("width_px", "height_px")
+    @classmethod
+    def _divides_by_patch(cls, side_px: int) -> int:
+        if side_px % PATCH_PX:
+            raise ValueError(f"{side_px} does not divide by {PATCH_PX}")
+        return side_px
+
+    @property
+    def area_px(self) -> int:
+        """Pixels in a frame."""
+        return self.width_px * self.height_px
+
+    def of_aspect(self, width_px: int, height_px: int) -> Canvas:
+        """A canvas of about this one's area whose aspect ratio is nearest to the given picture's."""
+        ratio = max(0.25, min(4.0, width_px / height_px))
+        ideal_width_px = (self.area_px * ratio) ** 0.5
+
+        def snap(side_px: float) -> int:
+            return max(64, PATCH_PX * round(side_px / PATCH_PX))
+
+        width = snap(ideal_width_px)
+        return self.model_copy(update={"width_px": width, "height_px": snap(width / ratio)})
+
+
+class Sampling(Frozen):
+    """How frames are drawn. The defaults are the released model's."""
+
+    steps: int = Field(4, ge=1, le=1000)
+    shift: float = Field(5.0, gt=0)
+    seed: int = Field(42, ge=0, lt=2**63)
+    prompt: str = DEFAULT_PROMPT
+    fps: int = Field(25, ge=1, le=60)
+    chunk_frames: int = Field(33, ge=5)
+    motion_frames: int = Field(5, ge=1)
+    colour_strength: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _whole_latents(self) -> Sampling:
+        for name in ("chunk_frames", "motion_frames"):
+            frames = getattr(self, name)
+            if (frames - 1) % VAE_STRIDE_FRAMES:
+                raise ValueError(f"{name} {frames} is not 1 + a multiple of {VAE_STRIDE_FRAMES}")
+        if self.motion_frames >= self.chunk_frames:
+            raise ValueError(f"motion_frames {self.motion_frames} leaves no new frame of {self.chunk_frames}")
+        if SAMPLE_RATE_HZ % self.fps:
+            raise ValueError(f"fps {self.fps} does not divide the sample rate {SAMPLE_RATE_HZ}")
+        return self
+
+    @property
+    def new_frames(self) -> int:
+        """Frames a chunk adds to the video."""
+        return self.chunk_frames - self.motion_frames
+
+    @property
+    def chunk_latents(self) -> int:
+        """Latent frames of a chunk."""
+        return 1 + (self.chunk_frames - 1) // VAE_STRIDE_FRAMES
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Audio samples under one video frame."""
+        return SAMPLE_RATE_HZ // self.fps
+
+    @property
+    def new_s(self) -> float:
+        """Seconds of video a chunk adds."""
+        return self.new_frames / self.fps
+
+
+class Hearing(Frozen):
+    """What the model hears of the sound around a chunk."""
+
+    context_s: float = Field(8.0, ge=2, le=60)
+    lookahead_s: float = Field(0.4, ge=0, le=4)
+    loudness_lufs: float = Field(-23.0, ge=-70, le=0)
+
+
+class Precision(Frozen):
+    """Number formats of the two heavy networks; encoders follow the DiT's."""
+
+    dit: Literal["float32", "bfloat16"] = "bfloat16"
+    vae: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Compute(Frozen):
+    """Where it runs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "fa3", "flash", "cudnn", "sdpa"] = "auto"
+
+
+class Encoding(Frozen):
+    """How the video file is written."""
+
+    codec: str = "auto"
+    crf: int = Field(18, ge=0, le=63)
+
+
+class Preset(Frozen):
+    """Everything about a run except its inputs and outputs: one YAML file under `presets/`."""
+
+    name: str
+    description: str
+    model: ModelChoice = ModelChoice()
+    canvas: Canvas = Canvas()
+    sampling: Sampling = Sampling()
+    hearing: Hearing = Hearing()
+    precision: Precision = Precision()
+    compute: Compute = Compute()
+    encoding: Encoding = Encoding()
+
+
+class Speech(Frozen):
+    """A sound made ready for the model: 16 kHz mono float32 samples, raw in a file, and what was measured."""
+
+    samples_path: Path
+    n_samples: int = Field(ge=1)
+    loudness_lufs: float | None  # None: silence, or too short to measure; then no gain is applied
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the sound."""
+        return self.n_samples / SAMPLE_RATE_HZ
+
+
+class RenderJob(Frozen):
+    """One video to render; paths are absolute. Written as JSON for the worker."""
+
+    preset: Preset
+    picture: Path
+    audio: Path
+    speech: Speech
+    output: Path | None  # None: standard output
+    overwrite: bool = False
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of the video: as long as the sound, rounded up to a whole frame."""
+        return -(-self.speech.n_samples // self.preset.sampling.samples_per_frame)
