@@ -1,0 +1,77 @@
+"""Colour held to the picture's, so that an endless video does not drift.
+
+Per frame, the mean and the standard deviation of L, a and b (CIE 1976, D65) are moved to
+those of the picture. They follow from sums over pixels, so several GPUs that hold a tile
+each need to add up six numbers a frame, not to exchange pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Linear sRGB to CIE XYZ with ITU-R BT.709 primaries, each row over the D65 white (0.95047, 1, 1.08883).
+_RGB_TO_XYZ = torch.tensor(
+    [[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]],
+    dtype=torch.float64,
+) / torch.tensor([[0.95047], [1.0], [1.08883]], dtype=torch.float64)
+_XYZ_TO_RGB = torch.linalg.inv(_RGB_TO_XYZ)
+_CUBE_ROOT_FROM, _SLOPE, _OFFSET = 0.008856, 7.787, 16 / 116  # CIE's linear piece near black
+
+
+def _mix(matrix: Tensor, x: Tensor) -> Tensor:
+    return torch.einsum("ij,bjthw->bithw", matrix.to(x), x)
+
+
+def to_lab(video: Tensor) -> Tensor:
+    """sRGB video [B, 3, T, H, W] in [-1, 1] -> L, a, b, same shape, float32."""
+    rgb = (video.float() + 1) / 2
+    linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = _mix(_RGB_TO_XYZ, linear)
+    f = torch.where(
+        xyz > _CUBE_ROOT_FROM, xyz.clamp(min=_CUBE_ROOT_FROM) ** (1 / 3), _SLOPE * xyz + _OFFSET
+    )
+    x, y, z = f.unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def from_lab(lab: Tensor) -> Tensor:
+    """L, a, b [B, 3, T, H, W] -> sRGB in [-1, 1], clipped to what a screen can show."""
+    y = (lab[:, 0] + 16) / 116
+    f = torch.stack([lab[:, 1] / 500 + y, y, (y - lab[:, 2] / 200).clamp(min=0)], 1)
+    xyz = torch.where(f > _SLOPE * _CUBE_ROOT_FROM + _OFFSET, f**3, (f - _OFFSET) / _SLOPE)
+    linear = _mix(_XYZ_TO_RGB, xyz)
+    rgb = torch.where(
+        linear > 0.0031308, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
+    return rgb.clamp(0, 1) * 2 - 1
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and population standard deviation of L, a, b over a frame's pixels: each [B, 3, T, 1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def of(lab: Tensor) -> Statistics:
+        """Measure L, a, b [B, 3, T, H, W]."""
+        std, mean = torch.std_mean(lab, dim=(3, 4), correction=0, keepdim=True)
+        return Statistics(mean, std)
+
+
+def match_colour(video: Tensor, target: Statistics, strength: float) -> Tensor:
+    """Move each frame's colours to the target's, blended by strength in 0..1.
+
+    video: [B, 3, T, H, W] in [-1, 1]; target: of one frame (T = 1). Returns float32.
+    A frame of one flat colour keeps its (zero) contrast: nothing is divided by zero.
+    """
+    if strength == 0:
+        return video.float()
+    lab = to_lab(video)
+    own = Statistics.of(lab)
+    moved = (lab - own.mean) * (target.std / own.std.clamp(min=1e-6)) + target.mean
+    return torch.lerp(video.float(), from_lab(moved), strength)

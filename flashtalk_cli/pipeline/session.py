@@ -1,0 +1,128 @@
+"""A person on screen: prepared once, then moved on a chunk at a time.
+
+    models     = Models(dit, vae, hearing=..., ...)          shared by any number of sessions
+    conditions = prepare(models, picture, text, image)       what stays the same
+    state      = begin(conditions, seed)                     all that changes, a value
+    state      = yield from step(models, conditions, state, windows)
+
+`step` is a generator: frames come out as their latents decode, and the state that the next
+chunk starts from is its return value. Nothing is kept on the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator as Yields
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from flashtalk_cli.config import Sampling
+from flashtalk_cli.models.dit import Context, DiT
+from flashtalk_cli.models.vae import Vae
+from flashtalk_cli.parallel.sequence import Sequence
+from flashtalk_cli.parallel.spatial import WHOLE, Tiles
+from flashtalk_cli.pipeline.colour import Statistics, match_colour, to_lab
+from flashtalk_cli.pipeline.sampler import denoise
+from flashtalk_cli.pipeline.schedule import times
+
+MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two networks that run in every chunk, and how they are spread over processes."""
+
+    dit: DiT
+    vae: Vae
+    sampling: Sampling
+    device: torch.device
+    sequence: Sequence
+    tiles: Tiles = WHOLE
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a session is given: a picture and a prompt, encoded."""
+
+    y: Tensor  # [1, 20, T, h, w]: mask and picture latents
+    context: Context  # text and picture tokens, with every block's keys and values
+    picture_latent: Tensor  # [1, 16, 1, h, w]: the motion latent of the first chunk
+    colour: Statistics
+
+
+@dataclass(frozen=True)
+class State:
+    """What one chunk hands to the next."""
+
+    motion: Tensor  # float32 [1, 16, m, h, w]
+    noise: Tensor  # state of the noise generator, uint8
+    chunk: int = 0
+
+
+@torch.no_grad()
+def prepare(models: Models, picture: Tensor, text: Tensor, image: Tensor) -> Conditions:
+    """Encode what stays the same.
+
+    picture: [3, H, W] in [-1, 1]; text: rows of the prompt [L, text_dim]; image: tokens of
+    the picture [1, n, image_dim].
+    """
+    video = picture.to(models.device, torch.float32)[None, :, None]
+    unseen = video.new_zeros(1, 3, models.sampling.chunk_frames - 1, *video.shape[3:])
+    latents, _ = models.vae.encode(torch.cat([video, unseen], dim=2), tiles=models.tiles)
+    picture_latent, _ = models.vae.encode(video, tiles=models.tiles)
+    mask = torch.zeros_like(latents[:, :MASK_CHANNELS])
+    mask[:, :, 0] = 1
+    return Conditions(
+        y=torch.cat([mask, latents], dim=1).float(),
+        context=models.dit.condition(text.to(models.device), image.to(models.device)),
+        picture_latent=picture_latent.float(),
+        colour=Statistics.of(to_lab(video)),
+    )
+
+
+def begin(conditions: Conditions, seed: int) -> State:
+    """The state before the first chunk: the person as in the picture."""
+    return State(conditions.picture_latent, torch.Generator("cpu").manual_seed(seed).get_state())
+
+
+@torch.no_grad()
+def step(
+    models: Models, conditions: Conditions, state: State, windows: Tensor
+) -> Yields[Tensor, None, State]:
+    """One chunk: yields video [1, 3, n, H, W] in [-1, 1] as it decodes, `new_frames` in all.
+
+    windows: [1, chunk_frames, 5, layers, dim], what each frame hears. The motion frames at
+    the chunk's start were on screen before; they prime the decoder and are not given out.
+    """
+    sampling = models.sampling
+    generator = torch.Generator("cpu")
+    generator.set_state(state.noise)
+    latents = denoise(
+        models.dit,
+        conditions.y,
+        conditions.context,
+        models.dit.hear(windows.to(models.device)),
+        state.motion,
+        times(sampling.steps, sampling.shift),
+        generator,
+        models.sequence,
+    )
+    primed = 1 + (sampling.motion_frames - 1) // 4
+    _, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
+    tail: list[Tensor] = []
+    for latent in latents[:, :, primed:].split(1, dim=2):
+        video, decoder = models.vae.decode(latent, decoder, tiles=models.tiles)
+        video = match_colour(video, conditions.colour, sampling.colour_strength)
+        tail = [*tail, video][-(1 + sampling.motion_frames // 4) :]
+        yield video
+    last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
+    motion, _ = models.vae.encode(last, tiles=models.tiles)
+    return State(motion.float(), generator.get_state(), state.chunk + 1)
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """Video [1, 3, T, H, W] in [-1, 1] -> uint8 frames [T, H, W, 3], to the nearest level."""
+    scaled = ((video[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return rearrange(scaled, "c t h w -> t h w c").contiguous()
