@@ -1,0 +1,423 @@
+"""The audio-driven diffusion transformer: noisy latents, a picture, a prompt and speech -> velocity.
+
+    context  = dit.condition(text, image)      once a session
+    audio    = dit.hear(windows)               once a chunk
+    velocity = dit(x, t, y, context, audio, par)   every step
+
+Everything that does not depend on x and t, the keys and values of all cross-attentions above all, is
+computed in the first two. Parameters are named as in the released checkpoint. Norms, rotary
+embedding, modulation and gates compute in float32 and hand back the compute dtype, which is
+that of the weights. Shapes: B videos, T latent frames of h x w, N = T (h / 2) (w / 2) tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from flashtalk_cli.errors import ModelError
+from flashtalk_cli.models.attention import SDPA, AttentionKernel, attention
+from flashtalk_cli.models.audio import AudioProjector
+from flashtalk_cli.models.rope import rotate, rotation_table
+from flashtalk_cli.parallel.sequence import Sequence
+
+TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the released model
+
+
+@dataclass(frozen=True)
+class DitParams:
+    """Sizes of the DiT, in the words of the released `config.json`; defaults are the 14B model's."""
+
+    dim: int = 5120
+    ffn_dim: int = 13824
+    num_heads: int = 40
+    num_layers: int = 40
+    in_dim: int = 36
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    eps: float = 1e-6
+    audio_window: int = 5
+    intermediate_dim: int = 512
+    output_dim: int = 768
+    context_tokens: int = 32
+    vae_scale: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    audio_layers: int = 12
+    audio_dim: int = 768
+    image_dim: int = 1280
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DitParams:
+        """Read a `config.json`: keys that are not sizes are passed over, missing ones keep the default.
+
+        Raises ModelError for a size that makes no sense and for a variant that is not this model.
+        """
+        for key in ("qk_norm", "cross_attn_norm", "norm_input_visual", "norm_output_audio"):
+            if config.get(key, True) is not True:
+                raise ModelError(f"config.json: {key} is {config[key]!r}, this model has it true")
+        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        for key, value in known.items():
+            sizes = value if key == "patch_size" and isinstance(value, (list, tuple)) else [value]
+            if not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
+                raise ModelError(f"config.json: {key} is {value!r}, a positive number was expected")
+        params = cls(**{**known, "patch_size": tuple(known.get("patch_size", cls.patch_size))})
+        if params.dim % (2 * params.num_heads):
+            raise ModelError(
+                f"config.json: dim {params.dim} does not divide into {params.num_heads} heads of even width"
+            )
+        return params
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one cross-attention, each [..., tokens, heads, head_dim]."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stays the same in a session: for every block, the prompt's and the picture's keys and values."""
+
+    text: tuple[KeyValue, ...]  # [B, text_len, heads, head_dim] each
+    image: tuple[KeyValue, ...]  # [B, image tokens, heads, head_dim] each
+
+
+@dataclass(frozen=True)
+class AudioContext:
+    """What a chunk hears: for every block, keys and values [B, T, context_tokens, heads, head_dim]."""
+
+    blocks: tuple[KeyValue, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens held here lie in the video, and how they attend."""
+
+    rotation: Tensor  # [tokens held here, head_dim / 2, 2], see rope
+    frame_tokens: int  # tokens of a latent frame
+    span: tuple[int, int]  # the real tokens held here; what is held beyond them is padding
+    par: Sequence
+    kernel: AttentionKernel
+
+
+class DiT(nn.Module):
+    """The whole model. `kernel` computes its attention; `recompute` trades time for memory in training."""
+
+    def __init__(self, params: DitParams, kernel: AttentionKernel = SDPA) -> None:
+        super().__init__()
+        p = self.params = params
+        self.kernel = kernel
+        self.recompute = False  # keep no activations inside blocks; compute them again for the backward pass
+        self.patch_embedding = nn.Conv3d(p.in_dim, p.dim, kernel_size=p.patch_size, stride=p.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(p.text_dim, p.dim), nn.GELU("tanh"), nn.Linear(p.dim, p.dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(p.freq_dim, p.dim), nn.SiLU(), nn.Linear(p.dim, p.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(p.dim, 6 * p.dim))
+        self.blocks = nn.ModuleList(Block(p) for _ in range(p.num_layers))
+        self.head = Head(p)
+        self.img_emb = ImageEmbedding(p.image_dim, p.dim)
+        self.audio_proj = AudioProjector(
+            audio_window=p.audio_window,
+            vae_scale=p.vae_scale,
+            audio_layers=p.audio_layers,
+            audio_dim=p.audio_dim,
+            intermediate_dim=p.intermediate_dim,
+            output_dim=p.output_dim,
+            context_tokens=p.context_tokens,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: that of the weights."""
+        return self.patch_embedding.weight.dtype
+
+    def condition(self, text: Tensor, image: Tensor) -> Context:
+        """Embed a prompt and a picture and give every block its keys and values.
+
+        text: the prompt's rows [L, text_dim] or [B, L, text_dim], L up to text_len; they are
+        padded with zero rows that are attended like any other, as the released model does.
+        image: the image encoder's tokens [B, n, image_dim].
+        """
+        text = text.to(self.dtype).reshape(-1, *text.shape[-2:])
+        assert text.shape[1] <= self.params.text_len, f"{text.shape[1]} text rows, {self.params.text_len} fit"
+        text = F.pad(text, (0, 0, 0, self.params.text_len - text.shape[1]))
+        text = self.text_embedding(text).expand(image.shape[0], -1, -1)
+        image = self.img_emb(image.to(self.dtype))
+        return Context(
+            text=tuple(block.cross_attn.keys_of_text(text) for block in self._each_block()),
+            image=tuple(block.cross_attn.keys_of_image(image) for block in self._each_block()),
+        )
+
+    def hear(self, windows: Tensor) -> AudioContext:
+        """Speech features -> every block's keys and values for every latent frame.
+
+        windows: [B, F, audio_window, audio_layers, audio_dim], F = 1 + vae_scale * (T - 1).
+        """
+        tokens = self.audio_proj(windows.to(self.dtype))
+        return AudioContext(tuple(block.audio_cross_attn.keys(tokens) for block in self._each_block()))
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, context: Context, audio: AudioContext, par: Sequence
+    ) -> Tensor:
+        """Velocity, float32 [B, out_dim, T, h, w].
+
+        x: noisy latents [B, 16, T, h, w]. t: times [B], 0 to 1000. y: mask and picture latents
+        [B, in_dim - 16, T, h, w].
+        """
+        tokens, grid = self._patchify(torch.cat([x, y], dim=1))
+        length = tokens.shape[1]
+        e, modulation = self._embed_time(t)
+        rotation = rotation_table(grid, self.params.head_dim, tokens.device)
+        layout = Layout(par.shard(rotation, 0), grid[1] * grid[2], par.span(length), par, self.kernel)
+
+        tokens = par.shard(tokens, 1)
+        for block, text, image, heard in zip(
+            self.blocks, context.text, context.image, audio.blocks, strict=True
+        ):
+            if self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(
+                    block, tokens, modulation, text, image, heard, layout, use_reentrant=False
+                )
+            else:
+                tokens = block(tokens, modulation, text, image, heard, layout)
+        tokens = par.gather(self.head(tokens, e), 1, length)
+        return self._unpatchify(tokens, grid).float()
+
+    def _each_block(self) -> Iterator[Block]:
+        return cast("Iterator[Block]", iter(self.blocks))
+
+    def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """[B, in_dim, T, h, w] -> tokens [B, N, dim], and how many of them there are along each axis."""
+        p, q, r = self.params.patch_size
+        grid = (x.shape[2] // p, x.shape[3] // q, x.shape[4] // r)
+        patches = rearrange(
+            x.to(self.dtype), "b c (t p) (h q) (w r) -> b (t h w) (c p q r)", p=p, q=q, r=r
+        )  # patches do not overlap, so the convolution is a matrix product
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias), grid
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (t, h, w), (p, q, r) = grid, self.params.patch_size
+        return rearrange(tokens, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
+
+    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """t [B] -> e [B, dim] for the head and [B, 6, dim] for the blocks, float32."""
+        half = self.params.freq_dim // 2
+        frequencies = TIME_BASE ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
+        angles = t.double()[:, None] * frequencies
+        e = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+        e = _linear_float32(self.time_embedding[0], e)
+        e = _linear_float32(self.time_embedding[2], F.silu(e))
+        modulation = _linear_float32(self.time_projection[1], F.silu(e))
+        return e, rearrange(modulation, "b (six d) -> b six d", six=6)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to prompt and picture, cross-attention to speech, feed-forward."""
+
+    def __init__(self, p: DitParams) -> None:
+        super().__init__()
+        self.eps = p.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, p.dim) / math.sqrt(p.dim))
+        self.self_attn = SelfAttention(p)
+        self.norm3 = nn.LayerNorm(p.dim, eps=p.eps)
+        self.cross_attn = CrossAttention(p)
+        self.norm_x = nn.LayerNorm(p.dim, eps=p.eps)
+        self.audio_cross_attn = AudioCrossAttention(p)
+        self.ffn = nn.Sequential(nn.Linear(p.dim, p.ffn_dim), nn.GELU("tanh"), nn.Linear(p.ffn_dim, p.dim))
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue, audio: KeyValue, layout: Layout
+    ) -> Tensor:
+        """Tokens held here [B, n, dim] -> the same; modulation: float32 [B, 6, dim] of the time."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.float() + modulation).chunk(
+            6, 1
+        )
+        x = gated_sum(x, self.self_attn(modulate(x, shift_1, scale_1, self.eps), layout), gate_1)
+        x = x + self.cross_attn(self.norm3(x), text, image, layout.kernel)
+        x = x + self.audio_cross_attn(self.norm_x(x), audio, layout)
+        return gated_sum(x, self.ffn(modulate(x, shift_2, scale_2, self.eps)), gate_2)
+
+
+class SelfAttention(nn.Module):
+    """Every token to every token of the video."""
+
+    def __init__(self, p: DitParams) -> None:
+        super().__init__()
+        self.num_heads = p.num_heads
+        self.q = nn.Linear(p.dim, p.dim)
+        self.k = nn.Linear(p.dim, p.dim)
+        self.v = nn.Linear(p.dim, p.dim)
+        self.o = nn.Linear(p.dim, p.dim)
+        self.norm_q = RMSNorm(p.dim, p.eps)
+        self.norm_k = RMSNorm(p.dim, p.eps)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[B, n, dim] -> [B, n, dim]."""
+        q, k = (
+            rotate(_heads(norm.in_float32(linear(x)), self.num_heads), layout.rotation).to(x.dtype)
+            for linear, norm in ((self.q, self.norm_q), (self.k, self.norm_k))
+        )
+        v = _heads(self.v(x), self.num_heads)
+        return self.o(layout.par.attend(layout.kernel, q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Every token to the prompt, and apart from that to the picture; the two are summed."""
+
+    def __init__(self, p: DitParams) -> None:
+        super().__init__()
+        self.num_heads = p.num_heads
+        self.q = nn.Linear(p.dim, p.dim)
+        self.k = nn.Linear(p.dim, p.dim)
+        self.v = nn.Linear(p.dim, p.dim)
+        self.o = nn.Linear(p.dim, p.dim)
+        self.norm_q = RMSNorm(p.dim, p.eps)
+        self.norm_k = RMSNorm(p.dim, p.eps)
+        self.k_img = nn.Linear(p.dim, p.dim)
+        self.v_img = nn.Linear(p.dim, p.dim)
+        self.norm_k_img = RMSNorm(p.dim, p.eps)
+
+    def keys_of_text(self, text: Tensor) -> KeyValue:
+        """Embedded text rows [B, text_len, dim] -> keys and values."""
+        return KeyValue(
+            _heads(self.norm_k(self.k(text)), self.num_heads), _heads(self.v(text), self.num_heads)
+        )
+
+    def keys_of_image(self, image: Tensor) -> KeyValue:
+        """Embedded picture tokens [B, n, dim] -> keys and values."""
+        return KeyValue(
+            _heads(self.norm_k_img(self.k_img(image)), self.num_heads),
+            _heads(self.v_img(image), self.num_heads),
+        )
+
+    def forward(self, x: Tensor, text: KeyValue, image: KeyValue, kernel: AttentionKernel) -> Tensor:
+        """[B, n, dim] -> [B, n, dim]."""
+        q = _heads(self.norm_q(self.q(x)), self.num_heads)
+        out = attention(q, *text, kernel=kernel) + attention(q, *image, kernel=kernel)
+        return self.o(out.flatten(2))
+
+
+class AudioCrossAttention(nn.Module):
+    """The tokens of a latent frame to the speech of that frame only."""
+
+    def __init__(self, p: DitParams) -> None:
+        super().__init__()
+        self.num_heads = p.num_heads
+        self.q_linear = nn.Linear(p.dim, p.dim)
+        self.kv_linear = nn.Linear(p.output_dim, 2 * p.dim)
+        self.proj = nn.Linear(p.dim, p.dim)
+
+    def keys(self, tokens: Tensor) -> KeyValue:
+        """Audio tokens [B, T, context_tokens, output_dim] -> keys and values."""
+        k, v = rearrange(self.kv_linear(tokens), "b t n (two h d) -> two b t n h d", two=2, h=self.num_heads)
+        return KeyValue(k, v)
+
+    def forward(self, x: Tensor, audio: KeyValue, layout: Layout) -> Tensor:
+        """[B, n, dim] -> [B, n, dim].
+
+        Tokens are grouped by frame. A rank whose run of tokens begins or ends inside a frame fills
+        it up to whole frames with zero queries and drops what they got; padding gets zeros.
+        """
+        (start, stop), size = layout.span, layout.frame_tokens
+        first, last = start // size, -(-stop // size)
+        before, real = start - first * size, stop - start
+        padding = x.shape[1] - real
+
+        q = self.q_linear(x)
+        whole = real == (last - first) * size and padding == 0
+        if not whole:
+            q = F.pad(q[:, :real], (0, 0, before, last * size - stop))
+        q = rearrange(q, "b (t s) (h d) -> (b t) s h d", s=size, h=self.num_heads)
+        k, v = (kv[:, first:last].flatten(0, 1) for kv in audio)
+        out = attention(q, k, v, kernel=layout.kernel)
+        out = rearrange(out, "(b t) s h d -> b (t s) (h d)", b=x.shape[0])
+        if not whole:
+            out = F.pad(out[:, before : before + real], (0, 0, 0, padding))
+        return self.proj(out)
+
+
+class Head(nn.Module):
+    """Tokens -> the velocity of their patches."""
+
+    def __init__(self, p: DitParams) -> None:
+        super().__init__()
+        self.eps = p.eps
+        self.head = nn.Linear(p.dim, math.prod(p.patch_size) * p.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, p.dim) / math.sqrt(p.dim))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """[B, n, dim] and the embedded time, float32 [B, dim] -> [B, n, prod(patch_size) * out_dim]."""
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+class ImageEmbedding(nn.Module):
+    """The image encoder's tokens -> tokens of the model's width."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(image_dim),
+            nn.Linear(image_dim, image_dim),
+            nn.GELU(),
+            nn.Linear(image_dim, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, n, image_dim] -> [B, n, dim]."""
+        return self.proj(image)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def in_float32(self, x: Tensor) -> Tensor:
+        """Normalised x, not yet rounded to the compute dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return self.in_float32(x).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift in float32; x [B, n, dim], shift and scale float32 [B, 1, dim]."""
+    normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normal, 1 + scale).to(x.dtype)
+
+
+def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y * gate in float32; x, y [B, n, dim], gate float32 [B, 1, dim]."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return rearrange(x, "b n (h d) -> b n h d", h=num_heads)
+
+
+def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Linear)
+    return F.linear(x, layer.weight.float(), layer.bias.float())

@@ -1,0 +1,45 @@
+"""Rotary position embedding over (frame, row, column).
+
+Neighbouring channels (2i, 2i + 1) of a head are a pair, turned by an angle that is the
+token's place times a frequency. Of a head's c = head_dim / 2 frequencies the first
+c - 2 (c // 3) turn with the frame, the next c // 3 with the row, the last c // 3 with the column;
+within each share of n the i-th frequency is 10000^(-i / n).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+BASE = 10_000.0
+
+
+@lru_cache(maxsize=8)
+def rotation_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Cosine and sine of every token's angles: float32 [T * h * w, head_dim / 2, 2].
+
+    Tokens are in order of frame, row, column. Made once for a grid and kept.
+    """
+    half = head_dim // 2
+    shares = (half - 2 * (half // 3), half // 3, half // 3)
+    # Kept for training too, where a tensor made under inference mode would be refused.
+    with torch.inference_mode(False), torch.no_grad():
+        places = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+        angles = torch.cat(
+            [
+                place.flatten()[:, None] * BASE ** (-torch.arange(n, dtype=torch.float64) / n)
+                for place, n in zip(places, shares, strict=True)
+            ],
+            dim=1,
+        )
+        return torch.stack([angles.cos(), angles.sin()], dim=-1).float().to(device)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs of x, float32 [B, N, heads, head_dim], by table [N, head_dim / 2, 2]."""
+    a, b = rearrange(x, "b n h (c p) -> p b n h c", p=2)
+    cos, sin = table[:, None, :, 0], table[:, None, :, 1]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
