@@ -1,0 +1,210 @@
+"""What a worker tells its parent, and `--json` tells other programs: one JSON object a line.
+
+Every line has `event`, one of the kinds below. Times are seconds; `fps` counts frames a
+second of work; `realtime` is seconds of video made in a second of work.
+
+    stage        name, detail             a new part of the work began: "picture", "weights", ...
+    progress     name, done, total, unit  how far that part is; total is null when nobody knows
+    chunk        index, chunks, frames_done, frames_total, fps, realtime, elapsed_s, eta_s
+                                          a chunk was written; index counts from 0
+    warning      message                  worth knowing, and no reason to end
+    done         path, frames, duration_s, elapsed_s
+                                          the file is complete under its final name (null: stdout)
+    interrupted  path, frames             ended on request; path is what was kept, null for nothing
+    error        type, message, exit_code, traceback
+                                          ended by that error class of errors.py; its one line
+
+A run ends with exactly one of done, interrupted, error. Numbers that are not finite are null.
+The lines cross from the worker (rank 0 of it) to the parent over a Unix socket.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from flashtalk_cli.errors import FlashtalkError, WorkerError
+
+Event = dict[str, Any]
+
+KINDS = {
+    "stage": {"name", "detail"},
+    "progress": {"name", "done", "total", "unit"},
+    "chunk": {"index", "chunks", "frames_done", "frames_total", "fps", "realtime", "elapsed_s", "eta_s"},
+    "warning": {"message"},
+    "done": {"path", "frames", "duration_s", "elapsed_s"},
+    "interrupted": {"path", "frames"},
+    "error": {"type", "message", "exit_code", "traceback"},
+}
+LAST = ("done", "interrupted", "error")
+
+
+def event(kind: str, /, **fields: Any) -> Event:
+    """An event as a value. Fields are those that the module's docstring lists; some may be left out."""
+    assert kind in KINDS, kind
+    assert fields.keys() <= KINDS[kind], (kind, fields.keys() - KINDS[kind])
+    return {"event": kind, **{name: _plain(value) for name, value in fields.items()}}
+
+
+def error(problem: BaseException) -> Event:
+    """The error event of an exception; one that is not in errors.py is an internal error, exit code 1."""
+    trace = "".join(traceback.format_exception(type(problem), problem, problem.__traceback__))
+    kind, text = type(problem).__name__, str(problem).strip()
+    if isinstance(problem, FlashtalkError):
+        return event("error", type=kind, message=text, exit_code=problem.exit_code, traceback=trace)
+    first_line = f": {text.splitlines()[0]}" if text else ""
+    message = f"internal error {kind}{first_line}; run again with --debug"
+    return event("error", type=kind, message=message, exit_code=FlashtalkError.exit_code, traceback=trace)
+
+
+def to_line(happened: Event) -> str:
+    """An event as its line of JSON, pure ASCII, without the newline."""
+    return json.dumps(happened, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+class Emitter:
+    """The worker's end: sends events to the parent's socket; with no path it sends nothing.
+
+    Usable from several threads. A parent that has gone away is no error here: `watch_parent`
+    notices that and ends the worker.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.RLock()  # re-entrant: a signal handler may emit in the middle of an emit
+        self._socket: socket.socket | None = None
+        if path is not None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                self._socket.connect(os.fspath(path))
+            except OSError as problem:
+                raise WorkerError(
+                    f"nobody listens at {path} ({problem.strerror}): the parent is gone"
+                ) from None
+
+    def emit(self, kind: str, /, **fields: Any) -> None:
+        """Send one event."""
+        self.send(event(kind, **fields))
+
+    def error(self, problem: BaseException) -> None:
+        """Send the error event of an exception."""
+        self.send(error(problem))
+
+    def send(self, happened: Event) -> None:
+        """Send an event that is already a value."""
+        if self._socket is None:
+            return
+        with self._lock, suppress(OSError):
+            self._socket.sendall(to_line(happened).encode() + b"\n")
+
+    def parent_closed(self, wait_s: float) -> bool:
+        """Whether the parent's end has closed, after waiting up to that long for it."""
+        if (line := self._socket) is None:
+            return threading.Event().wait(wait_s)
+        try:
+            readable, _, _ = select.select([line], [], [], wait_s)
+            return bool(readable) and not line.recv(1)
+        except (OSError, ValueError):  # reset by the parent, or closed by `close` meanwhile
+            return self._socket is not None
+
+    def close(self) -> None:
+        """Close the socket; everything sent before it arrives."""
+        with self._lock:
+            if self._socket is not None:
+                line, self._socket = self._socket, None
+                line.close()
+
+
+def watch_parent(callback: Callable[[], None], emitter: Emitter | None = None, every_s: float = 0.5) -> None:
+    """Call `callback`, in a thread of its own, once the process that started this one has died.
+
+    Notices a changed parent process (also of ranks that have no socket) and, given the emitter,
+    a socket that the parent closed, however many processes stand between.
+    """
+    parent = os.getppid()
+    line = emitter or Emitter(None)
+
+    def watch() -> None:
+        while not line.parent_closed(every_s):
+            if os.getppid() != parent:
+                break
+        callback()
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+class Listener:
+    """The parent's end: a socket at `path` that one worker connects to."""
+
+    def __init__(self, path: Path) -> None:
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind(os.fspath(path))
+        self._server.listen(1)
+        self._worker: socket.socket | None = None
+        self._rest = b""
+        self.closed = False  # by the worker, after all that it sent was read
+
+    def read(self, wait_s: float) -> list[Event]:
+        """Events that have arrived, after waiting up to that long for something; [] for none."""
+        if self.closed:
+            threading.Event().wait(wait_s)
+            return []
+        readable, _, _ = select.select([self._worker or self._server], [], [], wait_s)
+        if not readable:
+            return []
+        if self._worker is None:
+            self._worker, _ = self._server.accept()
+            return self.read(wait_s)
+        try:
+            data = self._worker.recv(1 << 16)
+        except ConnectionError:
+            data = b""
+        self.closed = not data
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [found for line in lines if (found := _parse(line)) is not None]
+
+    def drain(self) -> list[Event]:
+        """What is still under way from a worker that has ended."""
+        found: list[Event] = []
+        give_up = time.monotonic() + 1.0  # a child of the worker may hold its socket open
+        while not self.closed and time.monotonic() < give_up:
+            batch = self.read(wait_s=0.05)
+            found += batch
+            if not batch and self._worker is None:
+                break
+        return found
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._server.close()
+
+
+def _parse(line: bytes) -> Event | None:
+    """An event from its line; None for anything else, such as half a line of a worker that was killed."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found.get("event") in KINDS else None

@@ -1,0 +1,210 @@
+"""Start the process that does the work, pass on what it says, and leave nothing behind.
+
+The worker runs in a session of its own, so that a Ctrl-C in the terminal reaches only this
+process, which then decides: the first Ctrl-C (or SIGTERM, or a closed terminal) asks the
+worker's whole process group to end and gives it ten seconds to close the file; the second
+kills it at once. Should this process itself be killed, the worker sees its socket close.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from flashtalk_cli import events
+from flashtalk_cli.config import Frozen
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, WorkerError, by_name
+
+CLEAN_END_S = 10.0  # what a worker gets to close its file after being asked to end
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KEPT_LINES = 50
+SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
+
+Command = Callable[[Path, Path, bool], list[str]]
+
+
+class WorkerTraceback(Exception):
+    """The traceback of an error in the worker, as text: the cause of the error raised here."""
+
+    def __str__(self) -> str:
+        return "in the worker\n" + self.args[0]
+
+
+def worker_command(job_path: Path, socket_path: Path, debug: bool) -> list[str]:
+    """The command line of the worker."""
+    command = [sys.executable, "-m", "flashtalk_cli.worker", str(job_path), str(socket_path)]
+    return [*command, "--debug"] if debug else command
+
+
+def run(
+    job: Frozen,
+    on_event: Callable[[events.Event], None],
+    *,
+    debug: bool = False,
+    stdout: bool = False,
+    on_log: Callable[[str], None] | None = None,
+    command: Command = worker_command,
+) -> int:
+    """Run a job in a worker until it ends; 0 when it is done, 130 when it was asked to end.
+
+    on_event gets every event but the error; on_log gets each line of the worker's stderr, in
+    another thread (default: our stderr). Only with `stdout` may the worker write to our
+    standard output; else what it prints there counts as log.
+
+    Raises the worker's own error, of its class in errors.py, with the worker's traceback as
+    its cause; `WorkerError` when the worker dies without a word.
+    """
+    with tempfile.TemporaryDirectory(prefix="flashtalk-", dir=_short_folder()) as name:
+        job_path, socket_path = Path(name, "job.json"), Path(name, "events.sock")
+        job_path.write_text(job.model_dump_json(), encoding="utf-8")
+        with events.Listener(socket_path) as listener, _stop_requests() as requests:
+            worker = _Worker(command(job_path, socket_path, debug), stdout, on_log or _to_stderr)
+            try:
+                last = _follow(worker, listener, requests, on_event)
+            finally:
+                worker.kill()
+            return _outcome(worker, last, bool(requests), on_event)
+
+
+class _Worker:
+    """A worker's process group, and the thread that reads its stderr."""
+
+    def __init__(self, command: Sequence[str], stdout: bool, on_log: Callable[[str], None]) -> None:
+        log_out, log_in = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=None if stdout else log_in,
+                stderr=log_in,
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(log_out)
+            raise WorkerError(f"cannot start {command[0]}: {error.strerror}") from None
+        finally:
+            os.close(log_in)
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self._reader = threading.Thread(target=self._read, args=(log_out, on_log), daemon=True)
+        self._reader.start()
+
+    def _read(self, log_out: int, on_log: Callable[[str], None]) -> None:
+        # Universal newlines also end the lines of progress bars that libraries draw with \r.
+        with open(log_out, encoding="utf-8", errors="replace") as log:
+            for line in log:
+                if text := line.rstrip():
+                    self.lines.append(text)
+                    with suppress(OSError):  # our stderr is gone: keep reading, or the worker would block
+                        on_log(text)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to every process of the group that is left."""
+        with suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM for a group of zombies
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """End what is left of the group, reap the worker, and read its last lines."""
+        self.signal_group(signal.SIGKILL)
+        try:
+            self.process.wait(timeout=CLEAN_END_S)
+        except subprocess.TimeoutExpired:  # stuck inside a driver
+            raise WorkerError(f"the worker, process {self.process.pid}, cannot be killed") from None
+        self._reader.join(timeout=2.0)
+
+
+def _follow(
+    worker: _Worker,
+    listener: events.Listener,
+    requests: Sequence[int],
+    on_event: Callable[[events.Event], None],
+) -> events.Event | None:
+    """Pass events on until the worker has ended; the last word it said, if it said one."""
+    last: events.Event | None = None
+    asked = False
+    deadline_s = float("inf")
+    while True:
+        ended = worker.process.poll() is not None
+        for happened in listener.drain() if ended else listener.read(wait_s=0.1):
+            if happened["event"] in events.LAST:
+                last = last or happened
+                deadline_s = min(deadline_s, time.monotonic() + CLEAN_END_S)
+            if happened["event"] != "error":
+                on_event(happened)
+        if ended:
+            return last
+        if requests and not asked:
+            asked = True
+            deadline_s = min(deadline_s, time.monotonic() + CLEAN_END_S)
+            worker.signal_group(signal.SIGTERM)
+        if len(requests) > 1 or time.monotonic() > deadline_s:
+            worker.kill()
+
+
+def _outcome(
+    worker: _Worker, last: events.Event | None, asked: bool, on_event: Callable[[events.Event], None]
+) -> int:
+    """The exit code of a run, or the error that it ended with."""
+    if last is None and asked:
+        on_event(events.event("interrupted", path=None, frames=0))
+        return INTERRUPTED_EXIT_CODE
+    if last is None:
+        raise WorkerError(_death(worker.process.returncode, worker.lines))
+    if last["event"] == "error":
+        raise _error_of(last)
+    return 0 if last["event"] == "done" else INTERRUPTED_EXIT_CODE
+
+
+def _death(returncode: int, lines: Sequence[str]) -> str:
+    """What killed a worker that said nothing, in one line."""
+    if returncode == -signal.SIGKILL:
+        text = "the worker was killed by SIGKILL: most likely the machine ran out of memory"
+    elif returncode < 0:
+        text = f"the worker died of {signal.Signals(-returncode).name}"
+    else:
+        text = f"the worker ended with exit code {returncode} and no result"
+    return f"{text}; its last line: {lines[-1]}" if lines else text
+
+
+def _error_of(happened: events.Event) -> FlashtalkError:
+    error = by_name(happened["type"])(happened["message"])
+    error.__cause__ = WorkerTraceback(happened.get("traceback") or "no traceback came with it")
+    return error
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """A list that grows with every signal that asks this process to end."""
+    requests: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requests.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield requests
+        return
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _short_folder() -> str | None:
+    """Where the temporary folder goes: the usual place, or /tmp where a socket's path would be too long."""
+    return None if len(os.fsencode(tempfile.gettempdir())) + 40 < SOCKET_PATH_BYTES else "/tmp"
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
