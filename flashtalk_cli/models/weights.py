@@ -1,0 +1,268 @@
+"""Networks with their weights, from a model folder.
+
+Every loader builds its network on the meta device, checks all names and shapes, and then reads tensor
+by tensor onto the device, in the wanted number format: the host never holds a model twice, and a
+wrong folder is told before anything is read.
+
+Random weights are for timing: the same networks, filled on the device at scales that keep activations
+ordinary, with no file read. What comes out of them means nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashtalk_cli.errors import DeviceError, ModelError
+from flashtalk_cli.models.attention import SDPA, AttentionKernel
+from flashtalk_cli.models.dit import DiT, DitParams
+from flashtalk_cli.models.folder import CONFIG, KNOWN, Component, ModelFolder, read_json
+from flashtalk_cli.models.image import ImageEncoder, ImageParams, build_image, image_layout
+from flashtalk_cli.models.speech import (
+    SpeechEncoder,
+    build_speech,
+    fold_weight_norm,
+    speech_layout,
+    speech_name,
+)
+from flashtalk_cli.models.tensors import (
+    Difference,
+    Layout,
+    Source,
+    View,
+    fill,
+    open_files,
+    put,
+    settled,
+    tensors_of,
+)
+from flashtalk_cli.models.text import (
+    MAX_TOKENS,
+    ByteTokenizer,
+    TextEncoder,
+    TextParams,
+    build_text,
+    load_tokenizer,
+    text_layout,
+)
+from flashtalk_cli.models.vae import Vae, VaeParams
+
+_log = logging.getLogger(__name__)
+
+
+def load_dit(
+    folder: ModelFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    kernel: AttentionKernel = SDPA,
+    random: bool = False,
+    seed: int = 0,
+) -> DiT:
+    """The diffusion transformer.
+
+    This and the other loaders: parameters are `dtype` on `device`, without gradients, in evaluation
+    mode. Raises ModelError for files that are absent, broken, or whose tensors do not fit (the first
+    few are named), DeviceError when the device has too little memory free.
+    """
+    plan = _plan(folder, "dit", random)
+    plan.module.kernel = kernel
+    return _loaded(plan, device, dtype, random, seed)
+
+
+def load_vae(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
+) -> Vae:
+    """The video VAE. See `load_dit`."""
+    return _loaded(_plan(folder, "vae", random), device, dtype, random, seed)
+
+
+def load_text_encoder(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
+) -> TextEncoder:
+    """The text encoder with its tokenizer; prompts are cut to what the DiT takes. See `load_dit`."""
+    max_tokens = min(MAX_TOKENS, DitParams.from_config(_config(folder, random)).text_len)
+    bare = random and not folder.tokenizer.is_dir()
+    tokenizer = ByteTokenizer() if bare else load_tokenizer(folder.tokenizer)
+    module = _loaded(_plan(folder, "text", random), device, dtype, random, seed)
+    return TextEncoder(module, tokenizer, max_tokens)
+
+
+def load_image_encoder(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
+) -> ImageEncoder:
+    """The image encoder. See `load_dit`."""
+    plan = _plan(folder, "image", random)
+    return ImageEncoder(_loaded(plan, device, dtype, random, seed), plan.params)
+
+
+def load_speech_encoder(
+    folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
+) -> SpeechEncoder:
+    """The speech encoder. See `load_dit`."""
+    plan = _plan(folder, "speech", random)
+    if random:
+        fold_weight_norm(plan.module)  # before: a random magnitude and direction would make a silent one
+    module = _loaded(plan, device, dtype, random, seed)
+    fold_weight_norm(module)
+    return SpeechEncoder(module)
+
+
+def compare(folder: ModelFolder, component: Component) -> tuple[int, Difference]:
+    """Number of tensors in a component's files, and how they differ from what is expected.
+
+    Reads headers only. Raises ModelError for files that are absent or broken.
+    """
+    plan = _plan(folder, component, random=False)
+    assert plan.source is not None
+    found = plan.source.shapes
+    return len(found), Difference.of(found, plan.layout.shapes(plan.module))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A network on the meta device, and where its tensors are; no source: they will be random."""
+
+    component: Component
+    module: Any
+    layout: Layout
+    params: Any
+    source: Source | None
+
+
+def _plan(folder: ModelFolder, component: Component, random: bool) -> _Plan:
+    config = _config(folder, random)
+    dit = DitParams.from_config(config)
+    source = _source(folder, component, random)
+    shapes = source.shapes if source else {}
+    if component == "text":
+        return _plan_text(dit, source, shapes)
+    if component == "image":
+        return _plan_image(dit, config, source, shapes)
+    if component == "speech":
+        return _plan_speech(dit, folder, source)
+    params: DitParams | VaeParams = dit if component == "dit" else VaeParams.from_config(config)
+    with torch.device("meta"):
+        module = DiT(params) if isinstance(params, DitParams) else Vae(params)
+    return _Plan(component, module, Layout.same_names(module), params, source)
+
+
+def _plan_text(dit: DitParams, source: Source | None, shapes: Mapping[str, Any]) -> _Plan:
+    params = TextParams.from_shapes(shapes) if source else replace(TextParams(), dim=dit.text_dim)
+    _agree("text encoder", params.dim, "text_dim", dit.text_dim)
+    return _Plan("text", build_text(params), text_layout(params), params, source)
+
+
+def _plan_image(
+    dit: DitParams, config: Mapping[str, Any], source: Source | None, shapes: Mapping[str, Any]
+) -> _Plan:
+    heads = config.get("clip_heads", ImageParams.heads)
+    if not isinstance(heads, int) or heads < 1:
+        raise ModelError(f"config.json: clip_heads is {heads!r}, a positive whole number was expected")
+    params = ImageParams.from_shapes(shapes, heads) if source else replace(ImageParams(), dim=dit.image_dim)
+    _agree("image encoder", params.dim, "image_dim", dit.image_dim)
+    module = build_image(params)
+    return _Plan("image", module, image_layout(module, params), params, source)
+
+
+def _plan_speech(dit: DitParams, folder: ModelFolder, source: Source | None) -> _Plan:
+    module = build_speech(read_json(folder.speech_path / CONFIG) if source else {})
+    _agree("speech encoder", module.config.hidden_size, "audio_dim", dit.audio_dim)
+    _agree("speech encoder", module.config.num_hidden_layers, "audio_layers", dit.audio_layers)
+    return _Plan("speech", module, speech_layout(module), module.config, source)
+
+
+def _agree(name: str, found: int, key: str, wanted: int) -> None:
+    if found != wanted:
+        raise ModelError(
+            f"the {name} has {found} where config.json's {key} is {wanted}: they are of two models"
+        )
+
+
+def _config(folder: ModelFolder, random: bool) -> dict[str, Any]:
+    """config.json; without one, random weights of a model from the Hub have the released sizes."""
+    known = KNOWN.get(folder.name)
+    if random and known and known.repository and not (folder.path / CONFIG).is_file():
+        return {}
+    return folder.config()
+
+
+def _source(folder: ModelFolder, component: Component, random: bool) -> Source | None:
+    """The component's tensors under the names that its layout uses."""
+    paths = folder.files(component)
+    if not paths and random:
+        return None
+    if not paths:
+        raise ModelError(
+            f"{folder.path} has no file of the {component} component: {', '.join(folder.missing())}"
+        )
+    source = open_files(paths)
+    if component == "image":
+        return View.of(source, lambda key: key.removeprefix("visual.") if key.startswith("visual.") else None)
+    return View.of(source, speech_name) if component == "speech" else source
+
+
+def _loaded(plan: _Plan, device: torch.device, dtype: torch.dtype, random: bool, seed: int) -> Any:
+    started_s = time.perf_counter()
+    module: nn.Module = plan.module
+    n_bytes = sum(tensor.numel() for _, tensor in tensors_of(module)) * dtype.itemsize
+    _check_memory(plan.component, n_bytes, device)
+    if random:
+        _log.warning("%s: random weights, for timing only; the pictures mean nothing", plan.component)
+        fill_random(module, device, dtype, seed)
+    else:
+        assert plan.source is not None
+        fill(module, plan.layout, plan.source, device, dtype)
+    _log.info(
+        "%s: %.2f GB on %s in %.1f s", plan.component, n_bytes / 1e9, device, time.perf_counter() - started_s
+    )
+    return module.eval()
+
+
+def _check_memory(component: Component, n_bytes: int, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if n_bytes > free_bytes:
+        raise DeviceError(
+            f"{device} has {free_bytes / 2**30:.1f} GiB free, the {component} component needs "
+            f"{n_bytes / 2**30:.1f} GiB: free the device, use bfloat16, or a smaller model"
+        )
+
+
+@torch.no_grad()
+def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    """Give a module on the meta device normal weights drawn on the device itself.
+
+    A tensor's values follow from the seed and its name, so two ranks or two builds agree.
+    """
+    generator = torch.Generator(device)
+    for name, built in list(tensors_of(module)):
+        mean, std = random_scale(name, tuple(built.shape))
+        generator.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+        value = torch.empty_like(built, device=device, dtype=dtype, requires_grad=False)
+        put(module, name, value.normal_(mean, std, generator=generator), device, dtype)
+    settled(module)
+
+
+def random_scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation for a random parameter: what keeps activations near their scale."""
+    leaf = name.rpartition(".")[2]
+    if leaf == "bias":
+        return 0.0, 0.02
+    if leaf == "gamma" or (leaf == "weight" and len(shape) == 1):  # norms
+        return 1.0, 0.02
+    if name == "shared.weight":  # T5's embedding: its rows are not scaled afterwards
+        return 0.0, 1.0
+    if leaf in ("modulation", "class_embedding"):
+        return 0.0, 0.1
+    return 0.0, 1 / math.sqrt(max(1, math.prod(shape[1:])))
