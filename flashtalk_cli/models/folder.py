@@ -243,7 +243,7 @@ def list_models() -> list[ModelEntry]:
 
 
 def _entry(name: str, source: str, path: Path) -> ModelEntry:
-    if not path.is_dir():
+    if not path.is_dir() or not any(path.iterdir()):
         return ModelEntry(name, source, path, "absent", 0)
     folder = ModelFolder(name, path, _speech_path(path, None))
     try:
@@ -274,14 +274,9 @@ def pull(name: str, progress: type | None = None) -> ModelFolder:
 
 
 def _check_space(known: KnownModel, target: Path) -> None:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(target).free
-        have_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    except OSError as error:
-        raise ModelError(
-            f"cannot write to {target}: {error.strerror or error}; set FLASHTALK_HOME to another folder"
-        ) from error
+    existing = next(path for path in (target, *target.parents) if path.is_dir())
+    free_bytes = shutil.disk_usage(existing).free
+    have_bytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     needed_bytes = known.download_bytes - have_bytes
     if free_bytes < needed_bytes:
         raise ModelError(
@@ -296,10 +291,13 @@ def _snapshot(repository: str, target: Path, files: list[str], progress: type | 
     try:
         snapshot_download(repository, local_dir=target, allow_patterns=files, tqdm_class=progress)
     except Exception as error:  # the client's, its HTTP library's and the system's: a long and moving list
-        text = str(error).strip()
-        reason = text.splitlines()[0][:200] if text else type(error).__name__
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         raise ModelError(
-            f"cannot fetch {repository} from huggingface.co: {reason}; run the same command again to go on"
+            f"cannot fetch {repository} from huggingface.co to {target}: {reason}; "
+            "the same command run again goes on where this one ended"
         ) from error
 
 

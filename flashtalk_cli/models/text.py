@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ftfy
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from flashtalk_cli.errors import ModelError
@@ -121,47 +121,46 @@ def clean(prompt: str) -> str:
 
 
 class TextEncoder:
-    """Prompts to rows."""
+    """Prompts to rows. `tokenise` gives the ids of a text, the end token included."""
 
-    def __init__(self, module: nn.Module, tokenizer: Any, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(self, module: nn.Module, tokenise: Callable[[str], list[int]]) -> None:
         self.module = module
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network lies."""
-        return next(self.module.parameters()).device
+        self.tokenise = tokenise
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """A prompt, cleaned and cut to `max_tokens`, as rows [L, dim] in the network's number format.
+        """A prompt, cleaned, as rows [L, dim] in the network's number format.
 
         The end token is a row of its own, so an empty prompt is one row.
         """
-        ids = self.tokenizer(
-            clean(prompt), truncation=True, max_length=self.max_tokens, add_special_tokens=True
-        )["input_ids"]
-        tokens = torch.tensor([ids], device=self.device)
-        return encode_ids(self.module, tokens, torch.ones_like(tokens))[0]
+        device = next(self.module.parameters()).device
+        ids = torch.tensor([self.tokenise(clean(prompt))], device=device)
+        return encode_ids(self.module, ids, torch.ones_like(ids))[0]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder as transformers writes it. Raises ModelError when it cannot be read."""
-    from transformers import AutoTokenizer
+def load_tokenizer(folder: Path, max_tokens: int, vocabulary: int) -> Callable[[str], list[int]]:
+    """Text to at most `max_tokens` ids below `vocabulary`, by tokenizer.json of a folder.
 
-    if not folder.is_dir():
-        raise ModelError(f"no tokenizer folder {folder}: flashtalk models pull fetches it")
+    Read with the tokenizers library: transformers 5 would rebuild UMT5's as T5's, which has no
+    tokens for bytes. Raises ModelError when the file is absent, broken, or of another model.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"no tokenizer {path}: flashtalk models pull fetches it")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever a broken file makes of the several parsers below
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise ModelError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"the tokenizer {path} cannot be read: {str(error)[:160]}") from error
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise ModelError(
+            f"the tokenizer {path} has {tokenizer.get_vocab_size()} tokens, the text encoder {vocabulary}: "
+            "they are of two models"
+        )
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_padding()
+    return lambda text: tokenizer.encode(text).ids
 
 
-class ByteTokenizer:
-    """Bytes as ids, for random weights, where no tokenizer need be present: text of any length has a cost."""
-
-    def __call__(self, text: str, max_length: int, **_: Any) -> dict[str, list[int]]:
-        """Ids 3..258 of the UTF-8 bytes, and the end token 1, as UMT5 numbers it."""
-        return {"input_ids": [*(byte + 3 for byte in text.encode()), 1][-max_length:]}
+def byte_ids(text: str, max_tokens: int = MAX_TOKENS) -> list[int]:
+    """Bytes as ids from 3 on, and the end token 1: a stand-in where weights are random and no file need be."""
+    return [*(byte + 3 for byte in text.encode()[: max_tokens - 1]), 1]

@@ -14,8 +14,9 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ from flashtalk_cli.models.tensors import (
 )
 from flashtalk_cli.models.text import (
     MAX_TOKENS,
-    ByteTokenizer,
     TextEncoder,
     TextParams,
     build_text,
+    byte_ids,
     load_tokenizer,
     text_layout,
 )
@@ -90,10 +91,13 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder with its tokenizer; prompts are cut to what the DiT takes. See `load_dit`."""
     max_tokens = min(MAX_TOKENS, DitParams.from_config(_config(folder, random)).text_len)
-    bare = random and not folder.tokenizer.is_dir()
-    tokenizer = ByteTokenizer() if bare else load_tokenizer(folder.tokenizer)
-    module = _loaded(_plan(folder, "text", random), device, dtype, random, seed)
-    return TextEncoder(module, tokenizer, max_tokens)
+    plan = _plan(folder, "text", random)
+    tokenise: Callable[[str], list[int]]
+    if random and not folder.tokenizer.is_dir():
+        tokenise = partial(byte_ids, max_tokens=max_tokens)
+    else:
+        tokenise = load_tokenizer(folder.tokenizer, max_tokens, plan.params.vocabulary)
+    return TextEncoder(_loaded(plan, device, dtype, random, seed), tokenise)
 
 
 def load_image_encoder(
@@ -198,8 +202,8 @@ def _config(folder: ModelFolder, random: bool) -> dict[str, Any]:
 def _source(folder: ModelFolder, component: Component, random: bool) -> Source | None:
     """The component's tensors under the names that its layout uses."""
     paths = folder.files(component)
-    if not paths and random:
-        return None
+    if random and (component in ("dit", "vae") or not paths):
+        return None  # sizes come from config.json, or are the released ones
     if not paths:
         raise ModelError(
             f"{folder.path} has no file of the {component} component: {', '.join(folder.missing())}"
