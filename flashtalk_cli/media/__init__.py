@@ -1,0 +1,1 @@
+"""Pictures, sound and video files: numpy and bytes, never torch."""

@@ -94,9 +94,7 @@ def gain_to(measured_lufs: float | None, target_lufs: float) -> float:
     return 10.0 ** ((target_lufs - measured_lufs) / 20.0)
 
 
-def normalise_loudness(
-    samples: np.ndarray, target_lufs: float, rate_hz: int = SAMPLE_RATE_HZ
-) -> np.ndarray:
+def normalise_loudness(samples: np.ndarray, target_lufs: float, rate_hz: int = SAMPLE_RATE_HZ) -> np.ndarray:
     """Mono float [n] brought to the target loudness as one whole: float32 [n]."""
     meter = LoudnessMeter(rate_hz)
     meter.add(samples)

@@ -1,0 +1,133 @@
+"""A running ffmpeg that is fed frames, and that nothing it does can make us wait for ever.
+
+Three parties, so that none waits for another: a thread hands frames to ffmpeg's stdin (the
+caller goes on rendering while the encoder works), a thread drains its stderr (a full pipe would
+stop it), and ffmpeg lives in a session of its own (the terminal's Ctrl-C ends us, and we end
+ffmpeg, after it wrote its last frames).
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import queue
+import subprocess
+import threading
+
+import numpy as np
+
+from flashtalk_cli.media.ffmpeg import cause
+
+log = logging.getLogger(__name__)
+
+QUEUED_PIECES = 2  # that wait for the encoder; one more, and the caller waits
+KEPT_LINES = 50
+DYING_S = 5.0  # from a broken pipe to the end of the process
+
+
+class FfmpegFeed:
+    """ffmpeg with a stdin that takes uint8 arrays, in order.
+
+    `stdout` is a file descriptor for what ffmpeg writes there; `inherit` are descriptors that stay
+    open in it (a lock lives as long as either process).
+    """
+
+    def __init__(
+        self, command: list[str], stdout: int = subprocess.DEVNULL, inherit: tuple[int, ...] = ()
+    ) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=inherit,
+        )
+        self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
+        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUED_PIECES)
+        self._input_ended = False
+        self._broken = threading.Event()
+        self._feeder = threading.Thread(target=self._feed, name="ffmpeg-stdin", daemon=True)
+        self._drainer = threading.Thread(target=self._drain, name="ffmpeg-stderr", daemon=True)
+        self._feeder.start()
+        self._drainer.start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of ffmpeg."""
+        return self._process.pid
+
+    def broken(self) -> bool:
+        """Whether ffmpeg stopped taking frames although more may come."""
+        return self._broken.is_set() or (not self._input_ended and self._process.poll() is not None)
+
+    def took_everything(self) -> bool:
+        """Whether every array queued so far that left the queue reached ffmpeg."""
+        return not self._broken.is_set()
+
+    def write(self, piece: np.ndarray) -> bool:
+        """Queue an array, not to be changed afterwards; waits when the encoder is behind.
+
+        False when ffmpeg takes no more: then `cause` tells why.
+        """
+        assert not self._input_ended
+        if self.broken():
+            return False
+        self._queue.put(np.ascontiguousarray(piece))
+        return True
+
+    def end(self, limit_s: float | None = None) -> int | None:
+        """Hand over what is queued, close stdin, and wait for ffmpeg: its exit status.
+
+        None when it was not done within `limit_s`; it is then still running.
+        """
+        try:
+            if not self._input_ended:
+                self._queue.put(None, timeout=limit_s)
+                self._input_ended = True
+            status = self._process.wait(limit_s)
+        except (queue.Full, subprocess.TimeoutExpired):
+            return None
+        self._feeder.join(DYING_S)
+        self._drainer.join(DYING_S)
+        return status
+
+    def kill(self) -> None:
+        """End ffmpeg at once; what it wrote stays."""
+        self._process.kill()
+        self.end(DYING_S)
+
+    def cause(self) -> str:
+        """Why ffmpeg ended, in a few words. It is ended here if it only closed its stdin."""
+        try:
+            self._process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self.end(DYING_S)
+        return cause(self._process.returncode, self._lines)
+
+    def _feed(self) -> None:
+        assert self._process.stdin is not None
+        with self._process.stdin as stdin:
+            while (piece := self._queue.get()) is not None:
+                if self._broken.is_set():
+                    continue  # keep taking, or the caller would wait at a full queue
+                try:
+                    _write_all(stdin.fileno(), memoryview(piece.data).cast("B"))
+                except OSError as error:
+                    log.debug("ffmpeg takes no more frames: %s", error)
+                    self._broken.set()
+
+    def _drain(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            for line in stderr:
+                text = line.decode(errors="replace").rstrip()
+                log.debug("ffmpeg: %s", text)
+                self._lines.append(text)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while len(data):
+        data = data[os.write(descriptor, data) :]

@@ -1,0 +1,151 @@
+"""`NAME.part`: where an output lies until it is whole, locked against a second run, published in one step."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from pathlib import Path
+
+from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.files import shown
+
+log = logging.getLogger(__name__)
+
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def part_path(output: Path) -> Path:
+    """Where the output lies while it is being written."""
+    return output.with_name(output.name + ".part")
+
+
+def check_writable(output: Path, overwrite: bool) -> None:
+    """`OutputError` when the name is taken (and may not be replaced) or the folder takes no file.
+
+    Creates nothing.
+    """
+    _check_free(output, overwrite)
+    folder = output.parent
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except FileNotFoundError:
+        raise OutputError(
+            f"{shown(output)}: folder {shown(folder)} does not exist; create it first"
+        ) from None
+    except OSError as error:
+        raise OutputError(f"{shown(output)}: {error.strerror}; choose another folder") from None
+    if not is_folder:
+        raise OutputError(f"{shown(output)}: {shown(folder)} is not a folder; choose another")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{shown(output)}: {shown(folder)} cannot be written to; choose another folder")
+
+
+class PartFile:
+    """The empty part file of an output, held by us; a dead run's is taken over, a living one's is not.
+
+    `descriptor` holds the lock: a child that inherits it keeps the lock as long as it lives.
+    """
+
+    def __init__(self, output: Path, overwrite: bool) -> None:
+        check_writable(output, overwrite)
+        self.output = output
+        self.path = part_path(output)
+        self._overwrite = overwrite
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self.descriptor = os.open(self.path, flags, 0o666)
+        except OSError as error:
+            raise OutputError(
+                f"{shown(self.path)}: cannot be written ({error.strerror}); choose another folder or name"
+            ) from None
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.descriptor)
+            raise OutputError(
+                f"{shown(self.path)}: another run is writing it; wait for it or choose another name"
+            ) from None
+        except OSError:
+            log.debug("this file system has no locks: %s", self.path)
+        os.ftruncate(self.descriptor, 0)
+
+    @property
+    def held(self) -> bool:
+        """Whether it is still ours: neither published nor released."""
+        return self.descriptor >= 0
+
+    def is_empty(self) -> bool:
+        """Whether nothing has been written."""
+        return os.fstat(self.descriptor).st_size == 0
+
+    def publish(self, whole: Path) -> None:
+        """Give `whole`, which is the part file or was made from it, the output's name; let the part go.
+
+        Raises `OutputError` when the name was taken meanwhile or the folder refuses; the part then stays.
+        """
+        try:
+            _sync(whole)
+            if self._overwrite:
+                os.replace(whole, self.output)
+            else:
+                _rename_to_free(whole, self.output)
+        except FileExistsError:
+            raise OutputError(
+                f"{shown(self.output)}: appeared while it was being rendered and is left alone; "
+                f"the video is in {shown(self.path)}"
+            ) from None
+        except OSError as error:
+            raise OutputError(
+                f"{shown(self.output)}: {error.strerror}; the video is in {shown(self.path)}"
+            ) from None
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the part file and let go of it."""
+        self.path.unlink(missing_ok=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the part file and leave it where it is."""
+        if self.held:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    try:
+        found = output.lstat()
+    except OSError:
+        return
+    if stat.S_ISDIR(found.st_mode):
+        raise OutputError(f"{shown(output)}: is a folder; give a file name")
+    if not overwrite:
+        raise OutputError(f"{shown(output)}: exists; choose another name or give --overwrite")
+
+
+def _sync(path: Path) -> None:
+    """Have the contents on the disk before the name says that they are there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename_to_free(source: Path, target: Path) -> None:
+    """Rename; `FileExistsError` when the name is taken. A link, unlike a rename, notices that by itself."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from None
+        os.rename(source, target)
+    else:
+        os.unlink(source)

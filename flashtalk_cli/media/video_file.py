@@ -1,0 +1,233 @@
+"""A video file that grows frame by frame, plays however the run ends, and appears only when whole.
+
+While it is written it is `NAME.part`: fragmented MP4 or Matroska, playable up to the last
+fragment even when everything is killed. At the end MP4 and MOV are copied, not encoded again,
+into a form with the index in front, and only then does the file get its name. ffmpeg ends the
+sound where the frames end (endless silence after it, and `-shortest`), so an interrupted
+video is cut to one length by the same command line that writes a whole one.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ffmpeg
+import numpy as np
+
+from flashtalk_cli.config import Encoding
+from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.codecs import GROUP_S, Container, VideoCodec, container_of, pick_video_codec
+from flashtalk_cli.media.feed import FfmpegFeed
+from flashtalk_cli.media.ffmpeg import MONO_OR_STEREO, cause, command, file_input, run
+from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.part_file import PartFile, check_writable
+
+log = logging.getLogger(__name__)
+
+STDOUT_SUFFIX = ".mp4"  # what goes to standard output, fragmented
+ABORT_S = 20.0  # for the encoder to write what it holds
+
+# bt709 in limited range is what every player assumes; said three times, because the scaler, the frames
+# and the encoder each look at their own copy.
+TO_YUV = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+)
+COLOUR: dict[str, Any] = {
+    "color_range": "tv",
+    "colorspace": "bt709",
+    "color_primaries": "bt709",
+    "color_trc": "bt709",
+}
+
+MENDS = {
+    "No space left": "free some space or write elsewhere",
+    "quota": "free some space or write elsewhere",
+    "SIGXFSZ": "raise the limit on file sizes (ulimit -f) or write elsewhere",
+    "File too large": "raise the limit on file sizes (ulimit -f) or write elsewhere",
+    "SIGKILL": "somebody or a lack of memory ended it; run again",
+}
+
+
+def check_output(
+    output: Path | None, encoding: Encoding, width_px: int, height_px: int, overwrite: bool
+) -> tuple[Container, VideoCodec]:
+    """Everything that can be known before the first frame: `OutputError` when it could not be written.
+
+    Creates nothing. Cheap but for NVENC, which is tried with one frame.
+    """
+    suffix = _suffix(output)
+    container = container_of(suffix)
+    codec = pick_video_codec(suffix, encoding.codec, width_px, height_px)
+    codec.options(encoding.crf, suffix)
+    if output is not None:
+        check_writable(output, overwrite)
+    return container, codec
+
+
+class VideoFile:
+    """One video being written; a context manager.
+
+    `output` None writes a fragmented MP4 to the descriptor `stdout`. `audio` is any file with sound, kept
+    at its own rate, mono or stereo; it is cut, or filled with silence, to the length of the frames.
+    `comment` becomes the file's comment. Raises `OutputError`, from the constructor too. Leaving the
+    context without `finish` is `abort`.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        *,
+        width_px: int,
+        height_px: int,
+        fps: int,
+        n_frames: int,
+        audio: Path | None,
+        encoding: Encoding,
+        comment: str = "",
+        overwrite: bool = False,
+        stdout: int = 1,
+    ) -> None:
+        self._container, codec = check_output(output, encoding, width_px, height_px, overwrite)
+        self._output = output
+        self._frame_shape = (height_px, width_px, 3)
+        self._n_frames = n_frames
+        self.frames_written = 0
+        frames = ffmpeg.input(
+            "pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width_px}x{height_px}", r=fps
+        )
+        streams = [frames["v:0"]]
+        options: dict[str, Any] = {"vf": TO_YUV, "g": fps * GROUP_S, **COLOUR}
+        options |= codec.options(encoding.crf, _suffix(output))
+        options |= {"map_metadata": -1, "map_chapters": -1, "metadata": f"comment={comment}"}
+        options |= {"format": self._container.muxer, "flush_packets": 1, **self._container.writing}
+        if audio is not None:
+            streams.append(file_input(audio)["a:0"])
+            options |= {**_sound_filter(n_frames, fps), "shortest": None, **self._container.sound}
+        self._part = None if output is None else PartFile(output, overwrite)
+        if self._part is None:
+            writing = command(ffmpeg.output(*streams, "pipe:1", **options))
+            self._feed: FfmpegFeed | None = FfmpegFeed(writing, stdout=stdout)
+        else:
+            writing = command(ffmpeg.output(*streams, f"file:{self._part.path}", **options))
+            self._feed = FfmpegFeed(writing, stdout=subprocess.DEVNULL, inherit=(self._part.descriptor,))
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the ffmpeg that encodes; None once it ended."""
+        return self._feed.pid if self._feed else None
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append uint8 [T, H, W, 3] RGB; the array is handed over, so do not change it afterwards.
+
+        Returns before the frames are encoded, but waits when more than a few pieces are behind.
+        """
+        assert frames.dtype == np.uint8, frames.dtype
+        assert frames.shape[1:] == self._frame_shape, (frames.shape, self._frame_shape)
+        assert self._feed is not None, "already finished or aborted"
+        assert self.frames_written + len(frames) <= self._n_frames, "more frames than announced"
+        if len(frames) and not self._feed.write(frames):
+            raise self._failure(self._feed.cause())
+        self.frames_written += len(frames)
+
+    def finish(self) -> Path | None:
+        """All frames were written: end the file and give it its name, which is returned (None for stdout)."""
+        assert self._feed is not None, "already finished or aborted"
+        assert self.frames_written == self._n_frames, (self.frames_written, self._n_frames)
+        status = self._feed.end()
+        if status != 0 or not self._feed.took_everything():
+            raise self._failure(self._feed.cause())
+        self._feed = None
+        if self._part is None:
+            return None
+        if not self._container.remuxed:
+            self._part.publish(self._part.path)
+            return self._output
+        whole = _with_index_in_front(self._part.path, self._container)
+        try:
+            self._part.publish(whole)
+        finally:
+            if whole != self._part.path:
+                whole.unlink(missing_ok=True)
+        return self._output
+
+    def abort(self) -> Path | None:
+        """End early: what was rendered, with its sound, is left in `NAME.part`, which is returned.
+
+        None when there is nothing to keep. The final name is not touched. Never raises for ffmpeg's sake
+        and takes about 20 s at most. Does nothing after `finish`.
+        """
+        feed, self._feed = self._feed, None
+        if feed is not None and feed.end(ABORT_S) is None:
+            log.warning("ffmpeg did not end within %.0f s and was killed", ABORT_S)
+            feed.kill()
+        kept = self._kept()
+        if self._part is not None and self._part.held:
+            if kept is None:
+                self._part.discard()
+            self._part.release()
+        return kept
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _kept(self) -> Path | None:
+        """The part file, if it is ours and holds anything that may play."""
+        if self._part is None or not self._part.held or not self.frames_written or self._part.is_empty():
+            return None
+        return self._part.path
+
+    def _failure(self, why: str) -> OutputError:
+        """ffmpeg ended too soon."""
+        name = "standard output" if self._output is None else shown(self._output)
+        mend = next((mend for sign, mend in MENDS.items() if sign in why), "flashtalk doctor checks ffmpeg")
+        if self._output is None and ("Broken pipe" in why or "SIGPIPE" in why):
+            mend = "the program that reads it went away"
+        kept = self._kept()
+        rest = f"; what was written is in {shown(kept)}" if kept else ""
+        progress = f"{self.frames_written} of {self._n_frames} frames"
+        return OutputError(f"{name}: ffmpeg ended after {progress} ({why}); {mend}{rest}")
+
+
+def _suffix(output: Path | None) -> str:
+    return STDOUT_SUFFIX if output is None else output.suffix.lower()
+
+
+def _sound_filter(n_frames: int, fps: int) -> dict[str, Any]:
+    """The sound from its first sample on, then silence, to just beyond the last frame.
+
+    Samples count from 0 as they do for the speech encoder, whatever the file's own clock says. The half
+    frame keeps the video the shorter of the two, so that the end of the sound never costs a frame.
+    """
+    end_s = (n_frames + 0.5) / fps
+    return {"af": f"asetpts=N/SR/TB,{MONO_OR_STEREO},apad,atrim=end={end_s:.6f}"}
+
+
+def _with_index_in_front(part: Path, container: Container) -> Path:
+    """Copy the streams into a plain file that starts to play before it is read whole, beside the part.
+
+    When that fails, for example for want of space, the part itself will do: it is whole and plays.
+    """
+    whole = part.with_name(part.name + ".index")
+    # The encoder's delay makes sound start before 0; these two keep it there instead of moving the picture.
+    source = file_input(part, copyts=None)
+    options: dict[str, Any] = {"c": "copy", "movflags": "+faststart", "avoid_negative_ts": "disabled"}
+    try:
+        status, lines = run(source.output(f"file:{whole}", format=container.muxer, map=0, **options))
+        if status == 0:
+            return whole
+        log.warning("%s stays a fragmented file, which plays too: %s", shown(part), cause(status, lines))
+    except BaseException:
+        whole.unlink(missing_ok=True)
+        raise
+    whole.unlink(missing_ok=True)
+    return part
