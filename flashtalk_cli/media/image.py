@@ -30,7 +30,7 @@ MAX_PICTURE_PX = 100_000_000
 MIN_SIDE_PX = 32
 MAX_ASPECT = 16  # a longer strip would need a huge picture in between to cover the canvas
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF")  # MPO: what many phones call a JPEG
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # a phone's MPO opens as JPEG
 WANTED = "a PNG, JPEG, WebP, BMP or GIF picture"
 
 EXIF_ORIENTATION = 0x0112
