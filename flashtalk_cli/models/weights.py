@@ -74,7 +74,7 @@ def load_dit(
     mode. Raises ModelError for files that are absent, broken, or whose tensors do not fit (the first
     few are named), DeviceError when the device has too little memory free.
     """
-    plan = _plan(folder, "dit", random)
+    plan = plan_of(folder, "dit", random)
     plan.module.kernel = kernel
     return _loaded(plan, device, dtype, random, seed)
 
@@ -83,7 +83,7 @@ def load_vae(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
 ) -> Vae:
     """The video VAE. See `load_dit`."""
-    return _loaded(_plan(folder, "vae", random), device, dtype, random, seed)
+    return _loaded(plan_of(folder, "vae", random), device, dtype, random, seed)
 
 
 def load_text_encoder(
@@ -91,7 +91,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The text encoder with its tokenizer; prompts are cut to what the DiT takes. See `load_dit`."""
     max_tokens = min(MAX_TOKENS, DitParams.from_config(_config(folder, random)).text_len)
-    plan = _plan(folder, "text", random)
+    plan = plan_of(folder, "text", random)
     tokenise: Callable[[str], list[int]]
     if random and not folder.tokenizer.is_dir():
         tokenise = partial(byte_ids, max_tokens=max_tokens)
@@ -104,7 +104,7 @@ def load_image_encoder(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
 ) -> ImageEncoder:
     """The image encoder. See `load_dit`."""
-    plan = _plan(folder, "image", random)
+    plan = plan_of(folder, "image", random)
     return ImageEncoder(_loaded(plan, device, dtype, random, seed), plan.params)
 
 
@@ -112,7 +112,7 @@ def load_speech_encoder(
     folder: ModelFolder, device: torch.device, dtype: torch.dtype, *, random: bool = False, seed: int = 0
 ) -> SpeechEncoder:
     """The speech encoder. See `load_dit`."""
-    plan = _plan(folder, "speech", random)
+    plan = plan_of(folder, "speech", random)
     if random:
         fold_weight_norm(plan.module)  # before: a random magnitude and direction would make a silent one
     module = _loaded(plan, device, dtype, random, seed)
@@ -125,15 +125,18 @@ def compare(folder: ModelFolder, component: Component) -> tuple[int, Difference]
 
     Reads headers only. Raises ModelError for files that are absent or broken.
     """
-    plan = _plan(folder, component, random=False)
+    plan = plan_of(folder, component, random=False)
     assert plan.source is not None
     found = plan.source.shapes
     return len(found), Difference.of(found, plan.layout.shapes(plan.module))
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A network on the meta device, and where its tensors are; no source: they will be random."""
+class Plan:
+    """A component's network on the meta device, and where its tensors are.
+
+    params are the sizes, in the component's own class; no source: the weights will be random.
+    """
 
     component: Component
     module: Any
@@ -142,7 +145,12 @@ class _Plan:
     source: Source | None
 
 
-def _plan(folder: ModelFolder, component: Component, random: bool) -> _Plan:
+def plan_of(folder: ModelFolder, component: Component, random: bool = False) -> Plan:
+    """Build a component's network without memory, from a folder's files; compares no tensor names yet.
+
+    random: sizes of files that are absent are the released ones. Raises ModelError for a file that
+    is absent or broken, and for components that are not of one model.
+    """
     config = _config(folder, random)
     dit = DitParams.from_config(config)
     source = _source(folder, component, random)
@@ -154,34 +162,37 @@ def _plan(folder: ModelFolder, component: Component, random: bool) -> _Plan:
     if component == "speech":
         return _plan_speech(dit, folder, source)
     params: DitParams | VaeParams = dit if component == "dit" else VaeParams.from_config(config)
-    with torch.device("meta"):
-        module = DiT(params) if isinstance(params, DitParams) else Vae(params)
-    return _Plan(component, module, Layout.same_names(module), params, source)
+    try:
+        with torch.device("meta"):
+            module = DiT(params) if isinstance(params, DitParams) else Vae(params)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # of the wrong type, or fractional
+        raise ModelError(f"config.json has a size that makes no {component}: {error!s:.160}") from error
+    return Plan(component, module, Layout.same_names(module), params, source)
 
 
-def _plan_text(dit: DitParams, source: Source | None, shapes: Mapping[str, Any]) -> _Plan:
+def _plan_text(dit: DitParams, source: Source | None, shapes: Mapping[str, Any]) -> Plan:
     params = TextParams.from_shapes(shapes) if source else replace(TextParams(), dim=dit.text_dim)
     _agree("text encoder", params.dim, "text_dim", dit.text_dim)
-    return _Plan("text", build_text(params), text_layout(params), params, source)
+    return Plan("text", build_text(params), text_layout(params), params, source)
 
 
 def _plan_image(
     dit: DitParams, config: Mapping[str, Any], source: Source | None, shapes: Mapping[str, Any]
-) -> _Plan:
+) -> Plan:
     heads = config.get("clip_heads", ImageParams.heads)
     if not isinstance(heads, int) or heads < 1:
         raise ModelError(f"config.json: clip_heads is {heads!r}, a positive whole number was expected")
     params = ImageParams.from_shapes(shapes, heads) if source else replace(ImageParams(), dim=dit.image_dim)
     _agree("image encoder", params.dim, "image_dim", dit.image_dim)
     module = build_image(params)
-    return _Plan("image", module, image_layout(module, params), params, source)
+    return Plan("image", module, image_layout(module, params), params, source)
 
 
-def _plan_speech(dit: DitParams, folder: ModelFolder, source: Source | None) -> _Plan:
+def _plan_speech(dit: DitParams, folder: ModelFolder, source: Source | None) -> Plan:
     module = build_speech(read_json(folder.speech_path / CONFIG) if source else {})
     _agree("speech encoder", module.config.hidden_size, "audio_dim", dit.audio_dim)
     _agree("speech encoder", module.config.num_hidden_layers, "audio_layers", dit.audio_layers)
-    return _Plan("speech", module, speech_layout(module), module.config, source)
+    return Plan("speech", module, speech_layout(module), module.config, source)
 
 
 def _agree(name: str, found: int, key: str, wanted: int) -> None:
@@ -214,7 +225,7 @@ def _source(folder: ModelFolder, component: Component, random: bool) -> Source |
     return View.of(source, speech_name) if component == "speech" else source
 
 
-def _loaded(plan: _Plan, device: torch.device, dtype: torch.dtype, random: bool, seed: int) -> Any:
+def _loaded(plan: Plan, device: torch.device, dtype: torch.dtype, random: bool, seed: int) -> Any:
     started_s = time.perf_counter()
     module: nn.Module = plan.module
     n_bytes = sum(tensor.numel() for _, tensor in tensors_of(module)) * dtype.itemsize
