@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -230,19 +229,16 @@ def test_what_is_no_file_is_told_apart(tmp_path: Path, read) -> None:
         (tmp_path / "file" / "a.png", "cannot be read"),
         (tmp_path / ("x" * 300), "cannot be read"),
         (Path("nul\0byte.png"), "cannot be read"),
+        (Path(os.fsdecode(b"latin-\xff.png")), "not valid UTF-8"),
     ):
         with pytest.raises(InputError, match=told) as caught:
             read(path)
-        assert "\n" not in str(caught.value)
+        assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize(
-    "name", ["-v.png", "портрет 笑.png", "a:b%03d.png", "two\nlines.png", os.fsdecode(b"\xff.png")]
-)
+@pytest.mark.parametrize("name", ["-v.png", "портрет 笑.png", "a:b%03d.png", "two\nlines.png"])
 def test_odd_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: any name works, and its message is one printable line."""
-    if name == os.fsdecode(b"\xff.png") and sys.platform == "darwin":
-        pytest.skip("this file system takes UTF-8 names only")
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "made.png")
     (tmp_path / "made.png").rename(name)
@@ -251,7 +247,6 @@ def test_odd_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError) as caught:
         load_picture(Path(name), SQUARE)
     assert str(caught.value).isprintable()
-    str(caught.value).encode()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

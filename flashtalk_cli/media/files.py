@@ -15,11 +15,22 @@ def shown(path: Path | str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def is_text(path: Path) -> bool:
+    """Whether the name is Unicode: jobs travel as JSON and ffmpeg's command line as text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_file(path: Path, wanted: str) -> int:
     """Size in bytes of a regular file that is there, readable and not empty; `InputError` says which it is not.
 
     `wanted` names what would do, such as "a PNG or JPEG picture".
     """
+    if not is_text(path):
+        raise InputError(f"{shown(path)}: its name is not valid UTF-8; rename it")
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):

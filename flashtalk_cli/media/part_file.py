@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 from flashtalk_cli.errors import OutputError
-from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.files import is_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ def check_writable(output: Path, overwrite: bool) -> None:
 
     Creates nothing.
     """
+    if not is_text(output):
+        raise OutputError(f"{shown(output)}: the name is not valid UTF-8; choose another")
     _check_free(output, overwrite)
     folder = output.parent
     try:
