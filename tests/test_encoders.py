@@ -271,6 +271,29 @@ def test_a_speech_encoder_of_another_kind_is_told() -> None:
         speech.build_speech({"conv_dim": [1, 2]})
 
 
+def test_a_speech_config_may_have_words_of_its_past() -> None:
+    """Keys of fairseq, of training and of old releases are passed over; masking makes no mask token."""
+    past = {
+        **{
+            "architectures": ["Wav2Vec2ForPreTraining"],
+            "transformers_version": "4.16.0.dev0",
+            "model_type": "wav2vec2",
+        },
+        **{"torch_dtype": "float32", "gradient_checkpointing": False, "apply_spec_augment": True},
+        **{
+            "mask_time_prob": 0.05,
+            "mask_feature_prob": 0.1,
+            "mask_channel_length": 10,
+            "mask_channel_prob": 0.0,
+        },
+        **{"freeze_feat_extract_train": True, "num_feat_extract_layers": 7, "feat_extract_norm": "group"},
+        **{"conv_bias": False, "do_stable_layer_norm": False, "proj_codevector_dim": 256, "vocab_size": 32},
+    }
+    module = speech.build_speech({**past, **tiny_model.SPEECH_CONFIG})
+    plain = speech.build_speech(tiny_model.SPEECH_CONFIG)
+    assert module.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_released_tensors_and_back() -> None:
     """Writing a module under the released names and reading it again gives its parameters, split and all."""
     params = tiny_model.IMAGE

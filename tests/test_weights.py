@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flashtalk_cli.errors import ModelError
+from flashtalk_cli.errors import DeviceError, ModelError
 from flashtalk_cli.models import weights
 from flashtalk_cli.models.export import released_tensors, write_component, write_json
 from flashtalk_cli.models.folder import COMPONENTS, STEMS, Component, ModelFolder, find, resolve
@@ -363,6 +363,17 @@ def test_random_weights_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert n_parameters["speech"] == pytest.approx(0.094, abs=0.001)
     assert weights.byte_ids("a" * 600)[-1] == 1
     assert len(weights.byte_ids("a" * 600)) == 512
+
+
+def test_a_device_without_room_is_told_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what is free and what is needed; what this process holds in reserve counts as free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 2**30)
+    device = torch.device("cuda", 0)
+    weights._check_memory("dit", 4 * 2**30, device)
+    with pytest.raises(DeviceError, match=r"cuda:0 has 4\.0 GiB free, the dit component needs 5\.0 GiB"):
+        weights._check_memory("dit", 5 * 2**30, device)
 
 
 MEASURE = """
