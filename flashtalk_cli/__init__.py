@@ -1,8 +1,15 @@
 """flashtalk: a portrait and a voice in, a live talking person out."""
 
-from importlib.metadata import PackageNotFoundError, version
+__version__: str
 
-try:
-    __version__ = version("flashtalk")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when asked for: reading package metadata would slow every command's start."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("flashtalk")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"

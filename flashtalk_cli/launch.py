@@ -54,13 +54,13 @@ def run(
     debug: bool = False,
     stdout: bool = False,
     on_log: Callable[[str], None] | None = None,
-    command: Command = worker_command,
+    command: Command | None = None,
 ) -> int:
     """Run a job in a worker until it ends; 0 when it is done, 130 when it was asked to end.
 
     on_event gets every event but the error; on_log gets each line of the worker's stderr, in
-    another thread (default: our stderr). Only with `stdout` may the worker write to our
-    standard output; else what it prints there counts as log.
+    another thread (default: our stderr). Only with `stdout` may the worker write to our standard
+    output; else what it prints there counts as log. `command` makes the worker's command line.
 
     Raises the worker's own error, of its class in errors.py, with the worker's traceback as
     its cause; `WorkerError` when the worker dies without a word.
@@ -69,7 +69,8 @@ def run(
         job_path, socket_path = Path(name, "job.json"), Path(name, "events.sock")
         job_path.write_text(job.model_dump_json(), encoding="utf-8")
         with events.Listener(socket_path) as listener, _stop_requests() as requests:
-            worker = _Worker(command(job_path, socket_path, debug), stdout, on_log or _to_stderr)
+            arguments = (command or worker_command)(job_path, socket_path, debug)
+            worker = _Worker(arguments, stdout, on_log or _to_stderr)
             try:
                 last = _follow(worker, listener, requests, on_event)
             finally:

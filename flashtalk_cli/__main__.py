@@ -1,0 +1,24 @@
+"""`flashtalk` and `python -m flashtalk_cli`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+from flashtalk_cli.cli.app import run
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End like Ctrl-C does: temporary folders are removed on the way out."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line of this process and exit with its code."""
+    signal.signal(signal.SIGTERM, _end)
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

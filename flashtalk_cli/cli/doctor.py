@@ -1,0 +1,38 @@
+"""`flashtalk doctor`: what this machine has of what a render needs, and which preset fits it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flashtalk_cli.cli.render import Debug
+
+MARKS = {"good": ("ok", "green"), "note": ("--", "yellow"), "bad": ("no", "red")}
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Check this machine: ffmpeg, torch, GPUs, attention kernels, disk, models, and which preset fits."""
+    from dataclasses import asdict
+    from json import dumps
+
+    from flashtalk_cli.cli.display import one_line
+    from flashtalk_cli.cli.machine import examine, probe
+    from flashtalk_cli.errors import FlashtalkError
+
+    seen = probe()
+    findings = examine(seen)
+    if json:
+        typer.echo(dumps({"findings": [asdict(finding) for finding in findings], "probe": seen}, indent=2))
+    else:
+        for finding in findings:
+            mark, colour = MARKS[finding.state]
+            typer.echo(f"{typer.style(mark, fg=colour)}  {finding.topic:<10} {one_line(finding.text)}")
+    bad = [finding.topic for finding in findings if finding.state == "bad"]
+    if bad:
+        raise FlashtalkError(
+            f"nothing can be rendered on this machine yet: see {', '.join(dict.fromkeys(bad))}"
+        )

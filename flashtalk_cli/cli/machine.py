@@ -1,0 +1,158 @@
+"""What this machine has of what a render needs, and which preset fits it: the findings of `flashtalk doctor`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from flashtalk_cli import __version__, presets
+from flashtalk_cli.config import Preset
+from flashtalk_cli.errors import FlashtalkError
+from flashtalk_cli.media.codecs import opens
+from flashtalk_cli.media.ffmpeg import encoders, find_ffmpeg, version
+from flashtalk_cli.models.folder import home, list_models
+
+PROBE_S = 120.0  # a cold torch with a GPU driver loads slowly
+LOW_DISK_BYTES = 2e9
+GPU_BYTES_NEEDED = {"soulx-14b": 44e9}  # 38 GB of weights, and what a chunk takes beside them
+VIDEO_ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "h264_nvenc", "hevc_nvenc")
+SOUND_ENCODERS = ("aac", "libopus")
+LIBRARIES = ("transformers", "safetensors", "numpy", "pillow")
+
+State = Literal["good", "note", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `bad` means that nothing can be rendered until it is mended."""
+
+    topic: str
+    state: State
+    text: str
+
+
+def examine(seen: dict[str, Any]) -> list[Finding]:
+    """All findings, given what `probe` saw."""
+    return [*_program(), *_ffmpeg(), *_torch(seen), *_disk(), *_models(), *_presets(seen)]
+
+
+def probe() -> dict[str, Any]:
+    """What torch sees, from a process of its own; {"error": ...} when that fails."""
+    command = [sys.executable, "-m", "flashtalk_cli.cli.probe"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, errors="replace")
+    except subprocess.TimeoutExpired:
+        return {"error": f"torch did not load within {PROBE_S:.0f} s"}
+    if ended.returncode:
+        last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
+        return {"error": last[0]}
+    return dict(json.loads(ended.stdout))
+
+
+def _program() -> list[Finding]:
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
+    return [Finding("flashtalk", "good", f"{__version__}, {system}")]
+
+
+def _ffmpeg() -> list[Finding]:
+    try:
+        found = find_ffmpeg()
+    except FlashtalkError as error:
+        return [Finding("ffmpeg", "bad", str(error))]
+    wanted = (*VIDEO_ENCODERS, *SOUND_ENCODERS)
+    have = [name for name in wanted if _usable(name)]
+    lack = [name for name in wanted if name not in have]
+    findings = [
+        Finding("ffmpeg", "good", f"{version()} at {found}"),
+        Finding("encoders", "good", ", ".join(have)),
+    ]
+    essential = not {"libx264", "h264_nvenc"}.isdisjoint(have) and "aac" in have
+    if lack:
+        findings.append(Finding("encoders", "note" if essential else "bad", f"not here: {', '.join(lack)}"))
+    return findings
+
+
+def _usable(encoder: str) -> bool:
+    """Whether ffmpeg has it; a GPU's may be compiled in and still not open."""
+    return opens(encoder) if encoder.endswith("_nvenc") else encoder in encoders()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _torch(seen: dict[str, Any]) -> list[Finding]:
+    if "error" in seen:
+        return [Finding("torch", "bad", f"does not load: {seen['error']}")]
+    build = f"CUDA {seen['cuda']}" if seen["cuda"] else "CPU build"
+    findings = [
+        Finding("torch", "good", f"{seen['torch']}, {build}, {seen['threads']} CPU threads"),
+        Finding("libraries", "good", ", ".join(f"{name} {_version_of(name)}" for name in LIBRARIES)),
+    ]
+    for gpu in seen["gpus"]:
+        memory = f"{gpu['free_bytes'] / 1e9:.0f} of {gpu['total_bytes'] / 1e9:.0f} GB free"
+        findings.append(Finding("GPU", "good", f"{gpu['name']}, compute {gpu['capability']}, {memory}"))
+    if not seen["gpus"]:
+        findings.append(Finding("GPU", "note", "none that torch can use: only the embedded model runs well"))
+    present = [name for name, reason in seen["attention"].items() if reason is None]
+    findings.append(Finding("attention", "good", f"{', '.join(present)} (fastest first)"))
+    findings += [
+        Finding("attention", "note", f"{name}: {reason}")
+        for name, reason in seen["attention"].items()
+        if reason and seen["gpus"]
+    ]
+    return findings
+
+
+def _disk() -> list[Finding]:
+    places = {"models": home(), "temporary": Path(tempfile.gettempdir()), "here": Path.cwd()}
+    findings = []
+    for purpose, place in places.items():
+        existing = next(folder for folder in (place, *place.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        state: State = "good" if free > LOW_DISK_BYTES else "note"
+        findings.append(Finding("disk", state, f"{free / 1e9:.0f} GB free for {purpose} in {place}"))
+    return findings
+
+
+def _models() -> list[Finding]:
+    findings = []
+    for entry in list_models():
+        state: State = "good" if entry.state == "ready" else "note"
+        mend = f"; missing {', '.join(entry.missing[:3])}" if entry.missing else ""
+        findings.append(Finding("model", state, f"{entry.name} is {entry.state}, {entry.path}{mend}"))
+    return findings
+
+
+def _presets(seen: dict[str, Any]) -> list[Finding]:
+    """A line a preset: whether it fits, and why not."""
+    findings = []
+    for name in presets.names():
+        misfit = _misfit(presets.load(name), seen)
+        text = f"{name}: {misfit or 'fits this machine'}"
+        findings.append(Finding("preset", "note" if misfit else "good", text))
+    return findings
+
+
+def _misfit(preset: Preset, seen: dict[str, Any]) -> str:
+    """Why a preset cannot run here; empty when it can."""
+    if "error" in seen:
+        return "torch does not load"
+    if preset.compute.device == "cuda" and not seen["gpus"]:
+        return "needs a GPU"
+    largest = max((gpu["total_bytes"] for gpu in seen["gpus"]), default=0)
+    needed = GPU_BYTES_NEEDED.get(preset.model.name, 0)
+    if largest < needed:
+        return f"needs a GPU with {needed / 1e9:.0f} GB, the largest here has {largest / 1e9:.0f} GB"
+    return ""

@@ -1,0 +1,142 @@
+"""`flashtalk render`, and the options that other commands share with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EXAMPLES = """[bold]Examples[/bold]
+
+flashtalk render portrait.png hello.wav
+
+flashtalk render portrait.jpg talk.mp3 -o talk.mp4 --size auto --seed 7
+
+flashtalk render portrait.png talk.wav --preset soulx-14b --steps 2
+
+flashtalk render portrait.png talk.wav -o - | mpv -
+"""
+
+RESULT, PERSON, SPEED, REPORT = "Result", "Picture and motion", "Model and machine", "Reports"
+
+
+def output_option(default: str) -> Any:
+    """The option that names the video; `default` says what it is called without."""
+    return typer.Option(
+        "-o",
+        "--output",
+        metavar="FILE",
+        rich_help_panel=RESULT,
+        show_default=False,
+        help=f"Video to write: .mp4, .mov, .mkv or .webm; - is standard output. Default: {default}.",
+    )
+
+
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=RESULT, help="Replace the output file if it exists."),
+]
+PresetName = Annotated[
+    str,
+    typer.Option(
+        "--preset", metavar="NAME|FILE", rich_help_panel=SPEED, help="See `flashtalk presets list`."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel=SPEED,
+        show_default=False,
+        help="Change one value of the preset; may be repeated. Keys: `flashtalk presets show NAME`.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        rich_help_panel=REPORT,
+        help="Print events as lines of JSON on stdout (on stderr with -o -).",
+    ),
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", rich_help_panel=REPORT, help="Show tracebacks and more of the log.")
+]
+
+
+def _option(name: str, panel: str, metavar: str, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, rich_help_panel=panel, show_default=False, help=help)
+
+
+def render(
+    picture: Annotated[
+        Path, typer.Argument(metavar="PICTURE", help="Portrait: PNG, JPEG, WebP, BMP or GIF.")
+    ],
+    speech: Annotated[
+        Path, typer.Argument(metavar="SPEECH", help="Sound, or a video's: whatever ffmpeg reads.")
+    ],
+    output: Annotated[str | None, output_option("SPEECH-PICTURE.mp4 here")] = None,
+    overwrite: Overwrite = False,
+    codec: Annotated[
+        str | None, _option("--codec", RESULT, "NAME", "Such as h264, hevc, vp9, av1, nvenc.")
+    ] = None,
+    crf: Annotated[
+        int | None, _option("--crf", RESULT, "N", "Quality, 0 to 63: lower is better and larger.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        _option(
+            "--size",
+            PERSON,
+            "WxH|auto",
+            "Multiples of 16, such as 448x768; auto keeps the picture's shape at the preset's area.",
+        ),
+    ] = None,
+    fit: Annotated[
+        str | None, _option("--fit", PERSON, "crop|pad", "How the picture is made to fit the size.")
+    ] = None,
+    background: Annotated[
+        str | None, _option("--background", PERSON, "#RRGGBB", "Behind transparent and padded parts.")
+    ] = None,
+    prompt: Annotated[
+        str | None, _option("--prompt", PERSON, "TEXT", "What the person does, in words.")
+    ] = None,
+    seed: Annotated[
+        int | None, _option("--seed", PERSON, "N", "Another seed is another performance.")
+    ] = None,
+    preset: PresetName = "mini",
+    model: Annotated[
+        str | None, _option("--model", SPEED, "NAME|FOLDER", "Weights to use in place of the preset's.")
+    ] = None,
+    steps: Annotated[
+        int | None, _option("--steps", SPEED, "N", "Denoising steps a chunk: fewer is faster.")
+    ] = None,
+    device: Annotated[str | None, _option("--device", SPEED, "auto|cpu|cuda", "Where it runs.")] = None,
+    weights: Annotated[
+        str | None,
+        _option("--weights", SPEED, "released|random", "random: noise for a video, to time a machine."),
+    ] = None,
+    sets: Sets = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Render a portrait that speaks: PICTURE and SPEECH in, a video with sound out."""
+    from flashtalk_cli.cli.request import Request, fulfil
+
+    options = {
+        "--codec": ("encoding.codec", codec),
+        "--crf": ("encoding.crf", crf),
+        "--fit": ("canvas.fit", fit),
+        "--background": ("canvas.background", background),
+        "--prompt": ("sampling.prompt", prompt),
+        "--seed": ("sampling.seed", seed),
+        "--model": ("model.name", model),
+        "--steps": ("sampling.steps", steps),
+        "--device": ("compute.device", device),
+        "--weights": ("model.weights", weights),
+    }
+    given = {option: pair for option, pair in options.items() if pair[1] is not None}
+    request = Request(picture, speech, output, preset, sets or (), given, size, overwrite)
+    return fulfil(request, json=json, debug=debug)

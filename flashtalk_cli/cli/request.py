@@ -1,0 +1,119 @@
+"""A request to render, from the command line's words to a finished run.
+
+Everything that can be wrong is looked at in the order of what it costs to know, before any
+weight is loaded: preset, output, picture, sound, model. Then the job goes to a worker.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashtalk_cli import launch, log
+from flashtalk_cli.cli.display import Display, choose
+from flashtalk_cli.config import Canvas, Preset, RenderJob
+from flashtalk_cli.errors import ConfigError, OutputError
+from flashtalk_cli.media.audio import prepare_speech
+from flashtalk_cli.media.image import load_picture, picture_size
+from flashtalk_cli.media.video_file import check_output
+from flashtalk_cli.models.folder import resolve
+from flashtalk_cli.presets import Override, load, parse_set
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for, as it was typed."""
+
+    picture: Path
+    speech: Path
+    output: str | None  # None: named after the inputs; "-": standard output
+    preset: str
+    sets: Sequence[str]
+    options: dict[str, tuple[str, Any]]  # option: (dotted key of the preset, value)
+    size: str | None
+    overwrite: bool
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether standard output is the video."""
+        return self.output == "-"
+
+
+def fulfil(request: Request, *, json: bool, debug: bool) -> int:
+    """Check a request and run it to its end; the exit code. Errors are raised, and shown as events."""
+    log.setup(debug=debug)
+    with (
+        choose(json=json, video_on_stdout=request.to_stdout) as display,
+        tempfile.TemporaryDirectory(prefix="flashtalk-") as folder,
+    ):
+        job = check(request, Path(folder), display)
+        return launch.run(job, display.show, debug=debug, stdout=request.to_stdout, on_log=display.log)
+
+
+def check(request: Request, folder: Path, display: Display) -> RenderJob:
+    """The job, after everything that can be wrong with it was looked at; no weight is loaded here.
+
+    `folder` is where the prepared sound goes; it must live as long as the job.
+    """
+    preset = _preset(request)
+    output = _output(request, preset)
+    width_px, height_px = picture_size(request.picture)
+    load_picture(request.picture, preset.canvas)  # decodes every pixel: a file that is cut short shows here
+    if request.size == "auto":
+        preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(width_px, height_px)})
+    display.stage("picture", f"{request.picture} {width_px}x{height_px}, {_canvas(preset.canvas)}")
+    display.stage("sound", str(request.speech))
+    speech = prepare_speech(request.speech, folder)
+    model = preset.model
+    found = resolve(model.name, model.speech_encoder, random=model.weights == "random")
+    display.stage("model", str(found.path))
+    return RenderJob(
+        preset=preset,
+        picture=request.picture.absolute(),
+        audio=request.speech.absolute(),
+        speech=speech,
+        output=output,
+        overwrite=request.overwrite,
+    )
+
+
+def _preset(request: Request) -> Preset:
+    """The preset with everything that the command line changes in it; options win over --set."""
+    overrides = [parse_set(text) for text in request.sets]
+    overrides += [Override(path, value, option) for option, (path, value) in request.options.items()]
+    if request.size is not None and request.size != "auto":
+        overrides += _sides(request.size)
+    return load(request.preset, overrides)
+
+
+def _sides(size: str) -> list[Override]:
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    if match is None:
+        raise ConfigError(f"--size is {size!r}; accepted: WIDTHxHEIGHT such as 448x768, or auto")
+    keys = ("canvas.width_px", "canvas.height_px")
+    return [Override(key, int(side), "--size") for key, side in zip(keys, match.groups(), strict=True)]
+
+
+def _output(request: Request, preset: Preset) -> Path | None:
+    """Where the video goes, None for standard output; looked at, not yet created."""
+    if request.to_stdout:
+        if sys.stdout.isatty():
+            raise OutputError("standard output is a terminal; pipe the video to a program: -o - | mpv -")
+        output = None
+    else:
+        default = f"{request.speech.stem}-{request.picture.stem}.mp4"
+        output = Path(default if request.output is None else request.output).absolute()
+        for given in (request.picture, request.speech):
+            if output.exists() and given.exists() and output.samefile(given):
+                raise OutputError(f"{output}: is an input too and would be lost; choose another name with -o")
+    check_output(output, preset.encoding, preset.canvas.width_px, preset.canvas.height_px, request.overwrite)
+    return output
+
+
+def _canvas(canvas: Canvas) -> str:
+    return f"{canvas.width_px}x{canvas.height_px}"
