@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PLAIN_EVERY_S = 5.0  # a log file needs no more than a line every few seconds
-STAGE_COLUMNS, BAR_COLUMNS = 10, 16
+STAGE_COLUMNS, BAR_COLUMNS = 10, 12
 
 
 def one_line(text: str) -> str:
