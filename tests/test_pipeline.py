@@ -106,7 +106,9 @@ def test_colour_of_a_flat_frame_is_finite() -> None:
     target = Statistics.of(to_lab(torch.rand(1, 3, 1, 8, 8) - 0.5))
     out = match_colour(torch.full((1, 3, 2, 8, 8), -1.0), target, 1.0)
     assert out.isfinite().all()
-    torch.testing.assert_close(Statistics.of(to_lab(out)).mean[0, :, 0, 0, 0], target.mean.flatten(), atol=0.1, rtol=0)
+    torch.testing.assert_close(
+        Statistics.of(to_lab(out)).mean[0, :, 0, 0, 0], target.mean.flatten(), atol=0.1, rtol=0
+    )
 
 
 @given(width=st.integers(32, 5000), height=st.integers(32, 5000))
@@ -194,7 +196,9 @@ def test_seed_decides(tiny: dict) -> None:
     conditions = tiny["conditions"][0]
 
     def frames(seed: int) -> Tensor:
-        return to_bytes(collect(step(tiny["models"], conditions, begin(conditions, seed), tiny["windows"][0]))[0])
+        return to_bytes(
+            collect(step(tiny["models"], conditions, begin(conditions, seed), tiny["windows"][0]))[0]
+        )
 
     assert torch.equal(frames(1), frames(1))
     assert not torch.equal(frames(1), frames(2))

@@ -46,7 +46,9 @@ reference = _reference()
 def _names(kind: str) -> list[str]:
     if reference is None:
         return []
-    return [n for n in reference.names(FOLDER) if json.loads((FOLDER / f"{n}.json").read_text())["kind"] == kind]
+    return [
+        n for n in reference.names(FOLDER) if json.loads((FOLDER / f"{n}.json").read_text())["kind"] == kind
+    ]
 
 
 def each_case(kind: str) -> pytest.MarkDecorator:
@@ -174,7 +176,9 @@ def test_text_encoder(name: str) -> None:
     weights = {k: torch.from_numpy(v) for k, v in case.state_dict().items()}
     encoder = text_module(weights)
     with torch.no_grad():
-        rows = encode_ids(encoder, torch.from_numpy(case.arrays["ids"]), torch.from_numpy(case.arrays["mask"]))
+        rows = encode_ids(
+            encoder, torch.from_numpy(case.arrays["ids"]), torch.from_numpy(case.arrays["mask"])
+        )
     same(rows[None] if rows.ndim == 2 else rows, case)
 
 
@@ -198,7 +202,7 @@ def test_speech_encoder(name: str) -> None:
     case = load(name)
     config = Wav2Vec2Config(**case.config)
     model = seeded_module(case, Wav2Vec2Model(config), case.meta["weights_prefix"])
-    wave = torch.from_numpy(case.inputs()["wave"])
+    wave = 0.1 * torch.from_numpy(case.inputs()["wave"])  # the rule that the case was made by
     with torch.no_grad():
         same(features(model, wave, case.meta["seq_len"]).reshape(case.arrays["output"].shape), case)
 

@@ -1,0 +1,1 @@
+"""Measuring: what each part costs, and what a machine can do live."""

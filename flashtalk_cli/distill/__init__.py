@@ -1,0 +1,1 @@
+"""Training: the paper's two stages, the embedded model's data, and its evaluation."""

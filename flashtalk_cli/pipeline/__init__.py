@@ -1,0 +1,1 @@
+"""One session: conditions in, chunks of frames out, all state a value."""

@@ -60,5 +60,3 @@ def windows(features: Tensor, heard: Heard, chunk_frames: int) -> Tensor:
     around = torch.arange(WINDOW_FRAMES) - WINDOW_FRAMES // 2
     rows = (frames[:, None] + around[None]).clamp(0, heard.n_frames - 1)
     return features[rows.to(features.device)][None]
-
-

@@ -30,9 +30,7 @@ def to_lab(video: Tensor) -> Tensor:
     rgb = (video.float() + 1) / 2
     linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     xyz = _mix(_RGB_TO_XYZ, linear)
-    f = torch.where(
-        xyz > _CUBE_ROOT_FROM, xyz.clamp(min=_CUBE_ROOT_FROM) ** (1 / 3), _SLOPE * xyz + _OFFSET
-    )
+    f = torch.where(xyz > _CUBE_ROOT_FROM, xyz.clamp(min=_CUBE_ROOT_FROM) ** (1 / 3), _SLOPE * xyz + _OFFSET)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 

@@ -11,6 +11,7 @@ chunk starts from is its return value. Nothing is kept on the models.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from collections.abc import Generator as Yields
 from dataclasses import dataclass
 
@@ -120,6 +121,15 @@ def step(
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
     motion, _ = models.vae.encode(last, tiles=models.tiles)
     return State(motion.float(), generator.get_state(), state.chunk + 1)
+
+
+def talk(
+    models: Models, conditions: Conditions, hear: Callable[[int], Tensor], n_chunks: int
+) -> Iterator[Tensor]:
+    """A whole clip: n_chunks chunks one after another, each hearing `hear(index)`; yields as `step` does."""
+    state = begin(conditions, models.sampling.seed)
+    for index in range(n_chunks):
+        state = yield from step(models, conditions, state, hear(index))
 
 
 def to_bytes(video: Tensor) -> Tensor:

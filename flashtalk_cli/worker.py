@@ -1,0 +1,212 @@
+"""One rank's life: read a job, load the models, make the frames, report.
+
+Started by launch.py as `python -m flashtalk_cli.worker JOB.json EVENTS_SOCKET`; the only
+place that will make or end process groups. Ends with a documented exit code, and says why
+in an `error` event: the parent prints it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashtalk_cli import __version__, log
+from flashtalk_cli.config import RenderJob, Sampling
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError, FlashtalkError
+from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.media.audio import read_samples
+from flashtalk_cli.media.image import load_picture
+from flashtalk_cli.media.loudness import gain_to
+from flashtalk_cli.media.video_file import VideoFile
+from flashtalk_cli.models import weights
+from flashtalk_cli.models.attention import choose_kernel
+from flashtalk_cli.models.folder import resolve
+from flashtalk_cli.parallel.mesh import Mesh
+from flashtalk_cli.pipeline import chunks
+from flashtalk_cli.pipeline.session import Models, prepare, talk, to_bytes
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a preset names; `auto` is the first GPU where there is one.
+
+    Raises DeviceError when a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"no CUDA device is visible to torch {torch.__version__}: "
+            "install a driver and a CUDA build of torch, or use --device cpu"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Worker:
+    """What all parts of a job need: the job, the model's folder, the device, and a way to report."""
+
+    def __init__(self, job: RenderJob, emitter: Emitter) -> None:
+        self.job = job
+        self.preset = job.preset
+        self.emitter = emitter
+        self.random = job.preset.model.weights == "random"
+        self.device = choose_device(job.preset.compute.device)
+        choice = job.preset.model
+        self.folder = resolve(choice.name, choice.speech_encoder, random=self.random)
+
+    def encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture [3, H, W] in [-1, 1], text rows, picture tokens. The encoders are freed again."""
+        self.emitter.emit("stage", name="encode", detail="picture and prompt")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        picture = torch.from_numpy(load_picture(self.job.picture, self.preset.canvas)).permute(2, 0, 1)
+        picture = picture.float() / 127.5 - 1
+        text = weights.load_text_encoder(self.folder, self.device, dtype, random=self.random)
+        rows = text.encode(self.preset.sampling.prompt)
+        del text
+        image = weights.load_image_encoder(self.folder, self.device, dtype, random=self.random)
+        return picture, rows, image.encode(picture)
+
+    def load_models(self) -> Models:
+        """The networks that run in every chunk."""
+        self.emitter.emit("stage", name="weights", detail=f"{self.folder.path} on {self.device}")
+        precision, options = self.preset.precision, {"random": self.random}
+        kernel = choose_kernel(self.preset.compute.attention, self.device, DTYPES[precision.dit])
+        return Models(
+            dit=weights.load_dit(self.folder, self.device, DTYPES[precision.dit], kernel=kernel, **options),
+            vae=weights.load_vae(self.folder, self.device, DTYPES[precision.vae], **options),
+            sampling=self.preset.sampling,
+            device=self.device,
+            sequence=Mesh().sequence,
+        )
+
+    def hearing(self) -> Callable[[int], Tensor]:
+        """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim]."""
+        sampling, hearing, speech = self.preset.sampling, self.preset.hearing, self.job.speech
+        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        gain = gain_to(speech.loudness_lufs, hearing.loudness_lufs)
+
+        def windows(index: int) -> Tensor:
+            heard = chunks.heard_by(index, sampling, hearing)
+            samples = read_samples(speech, heard.start_sample, heard.stop_sample) * np.float32(gain)
+            features = encoder.encode(torch.from_numpy(samples), heard.n_frames)
+            return chunks.windows(features, heard, sampling.chunk_frames)
+
+        return windows
+
+    def comment(self) -> str:
+        """What the file says of itself: that it shows nobody who spoke, and how it was made."""
+        untrained = ", random weights" if self.random else ""
+        return (
+            f"Synthetic media: generated by flashtalk {__version__}, preset {self.preset.name}, "
+            f"model {self.preset.model.name}{untrained}, seed {self.preset.sampling.seed}"
+        )
+
+
+def render(worker: Worker, stop: threading.Event, stdout: int) -> int:
+    """Render the job's video; the exit code."""
+    job, canvas, sampling = worker.job, worker.preset.canvas, worker.preset.sampling
+    picture, text, image = worker.encode_inputs()
+    models = worker.load_models()
+    hear = worker.hearing()
+    conditions = prepare(models, picture, text, image)
+    video_file = VideoFile(
+        job.output,
+        width_px=canvas.width_px,
+        height_px=canvas.height_px,
+        fps=sampling.fps,
+        n_frames=job.n_frames,
+        audio=job.audio,
+        encoding=worker.preset.encoding,
+        comment=worker.comment(),
+        overwrite=job.overwrite,
+        stdout=stdout,
+    )
+    worker.emitter.emit("stage", name="render", detail=f"{job.n_frames} frames")
+    started_s = time.perf_counter()
+    with video_file as file:
+        progress = Progress(worker.emitter, job.n_frames, sampling, started_s)
+        for video in talk(models, conditions, hear, chunks.count(job.n_frames, sampling)):
+            if stop.is_set():
+                kept = file.abort()
+                worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
+                return INTERRUPTED_EXIT_CODE
+            frames = to_bytes(video)[: job.n_frames - file.frames_written]
+            file.write(frames.cpu().numpy())
+            progress.report(file.frames_written)
+        path = file.finish()
+    worker.emitter.emit(
+        "done",
+        path=path,
+        frames=job.n_frames,
+        duration_s=job.n_frames / sampling.fps,
+        elapsed_s=time.perf_counter() - started_s,
+    )
+    return 0
+
+
+class Progress:
+    """Reports each chunk once, when its last frame is written."""
+
+    def __init__(self, emitter: Emitter, n_frames: int, sampling: Sampling, started_s: float) -> None:
+        self.emitter = emitter
+        self.n_frames = n_frames
+        self.sampling = sampling
+        self.started_s = started_s
+
+    def report(self, frames_done: int) -> None:
+        """Say how far it is, if a chunk has just ended."""
+        if frames_done % self.sampling.new_frames and frames_done < self.n_frames:
+            return
+        elapsed_s = time.perf_counter() - self.started_s
+        fps = frames_done / elapsed_s
+        self.emitter.emit(
+            "chunk",
+            index=(frames_done - 1) // self.sampling.new_frames,
+            chunks=chunks.count(self.n_frames, self.sampling),
+            frames_done=frames_done,
+            frames_total=self.n_frames,
+            fps=fps,
+            realtime=fps / self.sampling.fps,
+            elapsed_s=elapsed_s,
+            eta_s=(self.n_frames - frames_done) / fps,
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the job file argv[0], reporting to the socket argv[1]; the exit code."""
+    log.setup(debug="--debug" in argv)
+    # Standard output may be the video. Whatever else would be printed there goes to the log.
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    emitter = Emitter(Path(argv[1]))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    watch_parent(stop.set, emitter)
+    try:
+        job = RenderJob.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
+        return render(Worker(job, emitter), stop, stdout)
+    except torch.OutOfMemoryError as error:
+        return _fail(
+            emitter, DeviceError(f"out of memory: {str(error).splitlines()[0]}; choose a smaller --size")
+        )
+    except Exception as error:
+        return _fail(emitter, error)
+    finally:
+        emitter.close()
+
+
+def _fail(emitter: Emitter, error: Exception) -> int:
+    emitter.error(error)
+    return error.exit_code if isinstance(error, FlashtalkError) else FlashtalkError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
