@@ -72,15 +72,26 @@ class DitParams:
                 raise ModelError(f"config.json: {key} is {config[key]!r}, this model has it true")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         for key, value in known.items():
-            sizes = value if key == "patch_size" and isinstance(value, (list, tuple)) else [value]
-            if not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
-                raise ModelError(f"config.json: {key} is {value!r}, a positive number was expected")
+            released = getattr(cls, key)
+            if not _is_like(value, released):
+                raise ModelError(
+                    f"config.json: {key} is {value!r}, expected a positive size like {released!r}"
+                )
         params = cls(**{**known, "patch_size": tuple(known.get("patch_size", cls.patch_size))})
         if params.dim % (2 * params.num_heads):
             raise ModelError(
                 f"config.json: dim {params.dim} does not divide into {params.num_heads} heads of even width"
             )
         return params
+
+
+def _is_like(value: Any, released: Any) -> bool:
+    """Whether value is positive, or a list of such, and of the kind of the released one."""
+    if isinstance(released, tuple):
+        of_its_length = isinstance(value, (list, tuple)) and len(value) == len(released)
+        return of_its_length and all(map(_is_like, value, released))
+    kind = (int, float) if isinstance(released, float) else int
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 class KeyValue(NamedTuple):
@@ -405,13 +416,15 @@ class RMSNorm(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * (1 + scale) + shift in float32; x [B, n, dim], shift and scale float32 [B, 1, dim]."""
+    if x.device.type == "cpu" and x.shape[0] == 1:  # one pass over memory instead of several
+        return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps)
     normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return torch.addcmul(shift, normal, 1 + scale).to(x.dtype)
 
 
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate in float32; x, y [B, n, dim], gate float32 [B, 1, dim]."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+    return torch.addcmul(x, y, gate).to(x.dtype)
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,160 @@
+"""Attention kernels: what they compute, and that the choice of one is right and is made once.
+
+Packages and GPUs that this machine lacks are played by stand-ins: modules written to a folder,
+and a CUDA capability that is only said.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flashtalk_cli.errors import DeviceError
+from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, attention, choose_kernel, why_absent
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HOPPER, BLACKWELL, ADA, TURING = (9, 0), (12, 0), (8, 9), (7, 5)
+
+
+def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.sampled_from([2, 6, 32])
+)
+def test_sdpa_is_attention_by_definition(b: int, n: int, m: int, heads: int, width: int) -> None:
+    """Property: any batch, any numbers of queries and keys, no mask, scale 1 / sqrt(head_dim)."""
+    random = torch.Generator().manual_seed(n * 41 + m)
+    q, k, v = (torch.randn(b, tokens, heads, width, generator=random) for tokens in (n, m, m))
+    torch.testing.assert_close(attention(q, k, v, kernel=SDPA), by_definition(q, k, v))
+
+
+def test_sdpa_passes_gradients() -> None:
+    """Parity: gradients of q, k and v equal those of the definition."""
+    given_ = [torch.randn(2, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7)]
+    weight = torch.randn(2, 5, 2, 8, dtype=torch.float64)
+    ours = torch.autograd.grad((attention(*given_, kernel=SDPA) * weight).sum(), given_)
+    theirs = torch.autograd.grad((by_definition(*given_) * weight).sum(), given_)
+    torch.testing.assert_close(ours, theirs)
+
+
+class Machine:
+    """A pretended CUDA machine on which stand-ins of the attention packages can be installed."""
+
+    modules = ("fa3_fwd_interface", "flash_attn")
+
+    def __init__(self, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.site, self.monkeypatch = site, monkeypatch
+        monkeypatch.syspath_prepend(str(site))
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        self.capability = HOPPER
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: self.capability)
+
+    def install(self, module: str, text: str | None = None) -> None:
+        """A package whose attention returns twice v, to be told apart from any other."""
+        stand_in = "def flash_attn_func(q, k, v, softmax_scale=None, causal=False):\n    return 2 * v\n"
+        (self.site / f"{module}.py").write_text(text or stand_in)
+        importlib.invalidate_caches()
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    before = {name: sys.modules.pop(name, None) for name in Machine.modules}
+    yield Machine(tmp_path, monkeypatch)
+    for name, module in before.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
+
+
+def test_auto_takes_the_fastest_present(machine: Machine) -> None:
+    """Contract: fa3, then flash, then cuDNN, then SDPA, by what is installed."""
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "cudnn"
+    machine.install("flash_attn")
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "flash"
+    machine.install("fa3_fwd_interface")
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "fa3"
+    assert choose_kernel("auto", CUDA, torch.float16).name == "flash"
+    assert choose_kernel("auto", CUDA, torch.float32).name == "sdpa"
+    assert choose_kernel("auto", CPU, torch.bfloat16) is SDPA
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [(HOPPER, "fa3"), (BLACKWELL, "flash"), (ADA, "flash"), (TURING, "sdpa")],
+)
+def test_auto_asks_what_the_gpu_can_do(machine: Machine, capability: tuple[int, int], expected: str) -> None:
+    """Contract: an installed package is no use on a GPU that it is not built for."""
+    for module in Machine.modules:
+        machine.install(module)
+    machine.capability = capability
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == expected
+
+
+@pytest.mark.parametrize(("name", "module"), [("fa3", "fa3_fwd_interface"), ("flash", "flash_attn")])
+def test_a_package_is_called_with_q_k_v(machine: Machine, name: str, module: str) -> None:
+    """Contract: the kernel of a package is that package's flash_attn_func, looked up once."""
+    machine.install(module)
+    kernel = choose_kernel(name, CUDA, torch.bfloat16)
+    (machine.site / f"{module}.py").unlink()
+    q = torch.randn(1, 4, 2, 8)
+    torch.testing.assert_close(attention(q, q, q + 1, kernel=kernel), 2 * (q + 1))
+
+
+def test_a_package_that_does_not_load(machine: Machine) -> None:
+    """Fault: a wheel of another torch is passed over by auto, and is an error when asked for."""
+    machine.install("fa3_fwd_interface", "raise ImportError('undefined symbol: c10')\n")
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "cudnn"
+    with pytest.raises(DeviceError, match=r"undefined symbol.*reinstall"):
+        choose_kernel("fa3", CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "says"),
+    [
+        ("fa3", CPU, torch.bfloat16, "needs a CUDA device"),
+        ("cudnn", CPU, torch.bfloat16, "needs a CUDA device"),
+        ("fa3", CUDA, torch.bfloat16, "pip install fa3-fwd"),
+        ("flash", CUDA, torch.bfloat16, "pip install flash-attn"),
+        ("flash", CUDA, torch.float32, "set precision.dit to bfloat16"),
+        ("fa3", CUDA, torch.float16, "set precision.dit to bfloat16"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_an_error_with_the_mend(
+    machine: Machine, name: str, device: torch.device, dtype: torch.dtype, says: str
+) -> None:
+    """Fault: one line that names the kernel, the reason and what to do."""
+    with pytest.raises(DeviceError, match=says) as caught:
+        choose_kernel(name, device, dtype)
+    assert "\n" not in str(caught.value)
+    assert name in str(caught.value)
+    reason = why_absent(name, device, dtype)
+    assert reason
+    assert reason in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", KERNEL_NAMES)
+@pytest.mark.parametrize(("n", "m"), [(1000, 1000), (130, 32), (130, 257)])
+def test_kernels_agree_on_a_gpu(name: str, n: int, m: int) -> None:
+    """Parity: every kernel present computes attention by definition, to bfloat16, laid out as it came."""
+    device = torch.device("cuda")
+    if reason := why_absent(name, device, torch.bfloat16):
+        pytest.skip(reason)
+    q, k, v = (torch.randn(2, tokens, 4, 128, device=device).bfloat16() for tokens in (n, m, m))
+    out = attention(q, k, v, kernel=choose_kernel(name, device, torch.bfloat16))
+    expected = by_definition(q.float(), k.float(), v.float())
+    assert out.shape == expected.shape
+    assert (out.float() - expected).norm() / expected.norm() < 0.01
