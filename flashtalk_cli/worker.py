@@ -66,8 +66,8 @@ class Worker:
         """Picture [3, H, W] in [-1, 1], text rows, picture tokens. The encoders are freed again."""
         self.emitter.emit("stage", name="encode", detail="picture and prompt")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        picture = torch.from_numpy(load_picture(self.job.picture, self.preset.canvas)).permute(2, 0, 1)
-        picture = picture.float() / 127.5 - 1
+        pixels = torch.tensor(load_picture(self.job.picture, self.preset.canvas))
+        picture = pixels.permute(2, 0, 1).float() / 127.5 - 1
         text = weights.load_text_encoder(self.folder, self.device, dtype, random=self.random)
         rows = text.encode(self.preset.sampling.prompt)
         del text

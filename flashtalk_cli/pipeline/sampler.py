@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Generator, Tensor
 
-from flashtalk_cli.models.dit import AudioContext, Context, DiT
-from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.pipeline.schedule import renoise
+
+Predict = Callable[[Tensor, float], Tensor]
+"""Noisy latents float32 [B, 16, T, h, w] and their time in 0..1 -> velocity of the same shape."""
 
 
 def draw_noise(shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
-    """Standard normal float32, drawn on the CPU so that a seed means the same on every machine."""
-    return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, non_blocking=True)
+    """Standard normal float32, drawn where the generator lives.
 
-
-@torch.no_grad()
-def denoise(
-    dit: DiT,
-    y: Tensor,
-    context: Context,
-    audio: AudioContext,
-    motion: Tensor,
-    times: Tensor,
-    generator: Generator,
-    par: Sequence,
-) -> Tensor:
-    """Draw the latents of one chunk: float32 [1, 16, T, h, w].
-
-    y: [1, 20, T, h, w], the picture's latents under their mask. motion: clean latents
-    [1, 16, m, h, w] of the frames before; they are held in the first m latents throughout.
-    times: float32 on the CPU, from 1 to 0. One noise is drawn first and one after each step,
-    the last one included although it is multiplied by zero: the released program's order.
+    A session's generator lives on the CPU, so that a seed means the same on every machine.
     """
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device)
 
-    def hold_motion(x: Tensor) -> Tensor:
-        return torch.cat([motion, x[:, :, motion.shape[2] :]], dim=2)
 
-    shape = (motion.shape[1], *y.shape[2:])
-    x = hold_motion(draw_noise(shape, generator, y.device)[None])
+def hold_motion(x: Tensor, motion: Tensor) -> Tensor:
+    """x [B, 16, T, h, w] with the clean latents [B, 16, m, h, w] of the frames before in its first m."""
+    return torch.cat([motion, x[:, :, motion.shape[2] :]], dim=2)
+
+
+def denoise(predict: Predict, motion: Tensor, n_latents: int, times: Tensor, generator: Generator) -> Tensor:
+    """Draw the latents of one chunk: float32 [B, 16, n_latents, h, w].
+
+    motion: clean latents [B, 16, m, h, w] of the frames before; they are held in the first m
+    latents throughout. times: float32 on the CPU, from 1 to 0. One noise is drawn first and one
+    after each step, the last one included although it is multiplied by zero: the released
+    program's order.
+    """
+    shape = (*motion.shape[:2], n_latents, *motion.shape[3:])
+    x = hold_motion(draw_noise(shape, generator, motion.device), motion)
     for time, next_time in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        t = torch.full((1,), time * 1000, dtype=torch.float32, device=y.device)
-        velocity = dit(x, t, y, context, audio, par)
-        noise = draw_noise(shape, generator, y.device)[None]
-        x = hold_motion(renoise(x, velocity, time, next_time, noise))
+        velocity = predict(x, time)
+        noise = draw_noise(shape, generator, motion.device)
+        x = hold_motion(renoise(x, velocity, time, next_time, noise), motion)
     return x

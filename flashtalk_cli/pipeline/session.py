@@ -100,15 +100,18 @@ def step(
     sampling = models.sampling
     generator = torch.Generator("cpu")
     generator.set_state(state.noise)
+    heard = models.dit.hear(windows.to(models.device))
+
+    def predict(x: Tensor, time: float) -> Tensor:
+        t = torch.full((len(x),), time * 1000, device=x.device)
+        return models.dit(x, t, conditions.y, conditions.context, heard, models.sequence)
+
     latents = denoise(
-        models.dit,
-        conditions.y,
-        conditions.context,
-        models.dit.hear(windows.to(models.device)),
+        predict,
         state.motion,
+        sampling.chunk_latents,
         times(sampling.steps, sampling.shift),
         generator,
-        models.sequence,
     )
     primed = 1 + (sampling.motion_frames - 1) // 4
     _, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
