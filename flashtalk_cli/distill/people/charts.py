@@ -5,6 +5,7 @@ One picture holds all charts, `size` texels wide and 1.5 `size` high:
     head     rows 0 .. size        directions seen from inside the skull; the face takes the middle
     torso    below it, left        seen from the front
     eye      below it, right       the ball from its front pole outwards
+    teeth    below that            upper row above, lower row below, seen along the arch
     blank    the rest              white: what sits there is coloured by its vertices
 
 Paint is a function of the place on one canonical head, so that brows and lips lie right on all
@@ -29,8 +30,10 @@ HEAD_EXPONENT = 0.75  # below one: more texels for the face than for the back of
 TORSO_SPAN = (-3.6, 3.6, -5.8, -0.6)  # x from, x to, y from, y to; dm
 EYE_REACH_RAD = 2.0
 NECK_TOP_Y = -1.28
+ARCH_CENTRE_Z = -0.06
+ARCH_REACH_RAD = 2.2
 
-HEAD, TORSO, EYE, BLANK = range(4)
+HEAD, TORSO, EYE, BLANK, TEETH = range(5)
 
 
 def canonical(head: Head) -> Tensor:
@@ -79,6 +82,15 @@ def eye_uv(direction: Tensor) -> Tensor:
     return torch.stack([0.625 + 0.12 * disc[..., 0], 1.125 - 0.12 * disc[..., 1]], -1)
 
 
+def teeth_uv(place: Tensor, *, upper: bool) -> Tensor:
+    """Teeth [..., 3] unrolled along the arch: u from right to left, v from the gums to the edge."""
+    angle = torch.atan2(place[..., 0], place[..., 2] - ARCH_CENTRE_Z)
+    root, edge = (-0.47, -0.66) if upper else (-0.82, -0.62)
+    along = 0.5 + 0.48 * (angle / ARCH_REACH_RAD)
+    height = ((place[..., 1] - root) / (edge - root)).clamp(0, 1)
+    return torch.stack([0.5 + 0.5 * along, (1.255 if upper else 1.38) + 0.115 * height], -1)
+
+
 def _layout(head: Head, place: Tensor) -> tuple[Tensor, Tensor]:
     corners = place[head.faces]
     skin = head.of_part("skin")
@@ -99,6 +111,9 @@ def _layout(head: Head, place: Tensor) -> tuple[Tensor, Tensor]:
     around[torn] = around[torn][:, :1]
     uv[chart == HEAD] = around[chart == HEAD]
     uv[chart == TORSO] = torso[chart == TORSO]
+    for part in ("upper_teeth", "lower_teeth"):
+        chart[head.of_part(part)] = TEETH
+        uv[head.of_part(part)] = teeth_uv(corners[head.of_part(part)], upper=part == "upper_teeth")
     for side in ("l", "r"):
         centre = head.joint(place, f"{side}-eye")
         eye = head.of_part("left_eye" if side == "l" else "right_eye")
@@ -133,6 +148,7 @@ def load_chart(size: int, device: str = "cpu") -> Chart:
     which[:size] = HEAD
     which[size:, : size // 2] = TORSO
     which[size : size * 5 // 4, size // 2 : size * 3 // 4] = EYE
+    which[size * 5 // 4 :, size // 2 :] = TEETH
     masks = {name: texels[..., 3 + row] for row, name in enumerate(names)}
     return Chart(size, uv, chart, place, which, texels[..., :3].contiguous(), masks)
 

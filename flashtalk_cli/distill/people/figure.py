@@ -18,8 +18,11 @@ from flashtalk_cli.distill.people.head import Head, vertex_normals
 from flashtalk_cli.distill.people.paint import People, linear, ramp
 
 SKIN, EYE, HAIR, THING, MOUTH = range(5)
-TEETH, TONGUE, CAVITY, LASH = (0.90, 0.86, 0.78), (0.78, 0.42, 0.42), (0.50, 0.22, 0.22), (0.10, 0.07, 0.06)
-UPPER_LIP, LOWER_LIP = (474, 520), (493, 523)  # vertices of the inner edges on the midline
+TONGUE, CAVITY, LASH = (0.70, 0.36, 0.36), (0.42, 0.17, 0.17), (0.10, 0.07, 0.06)
+UPPER_LIP = (455, 466, 467, 509, 468, 474, 520)  # vertices on the midline, outside to inside
+LOWER_LIP = (491, 492, 496, 495, 513, 494, 493, 523)
+TEETH_SHIFT = (0.0, -0.045, -0.035)  # the source hides the upper teeth behind the lip
+TONGUE_SHIFT = (0.0, -0.075, -0.06)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,16 @@ def _shorten_lashes(rest: Tensor, head: Head, people: People) -> Tensor:
     place = canonical(head)
     root = skin[torch.cdist(place[lashes], place[skin]).argmin(1)]
     rest = rest.clone()
-    keep = 0.10 + 0.38 * people.column("lash_strength")[..., None]
+    upper = ramp(place[lashes, 1], -0.02, 0.01)[:, None]
+    keep = (0.02 + 0.16 * people.column("lash_strength")[..., None]) * (0.1 + 0.9 * upper)
     rest[:, lashes] = rest[:, root] + keep * (rest[:, lashes] - rest[:, root])
+    return rest
+
+
+def _settle_mouth(rest: Tensor, head: Head) -> Tensor:
+    rest = rest.clone()
+    for part, shift in (("upper_teeth", TEETH_SHIFT), ("tongue", TONGUE_SHIFT), ("lower_teeth", (0.0, -0.05, -0.03))):
+        rest[:, head.faces[head.of_part(part)].unique()] += torch.tensor(shift, device=rest.device)
     return rest
 
 
@@ -75,7 +86,8 @@ def _colours(people: People, head: Head, place: Tensor) -> tuple[Tensor, Tensor,
     colour = torch.ones(len(people.specs), n, 3, device=device)
     kind = torch.full((n,), SKIN, device=device)
     light = torch.ones(n, device=device)
-    painted = {"upper_teeth": TEETH, "lower_teeth": TEETH, "tongue": TONGUE, "lashes": LASH}
+    white = (1.0, 1.0, 1.0)
+    painted = {"upper_teeth": white, "lower_teeth": white, "tongue": TONGUE, "lashes": LASH}
     for part, tone in painted.items():
         vertices = head.faces[head.of_part(part)].unique()
         colour[:, vertices] = linear(torch.tensor(tone, device=device))
@@ -85,7 +97,7 @@ def _colours(people: People, head: Head, place: Tensor) -> tuple[Tensor, Tensor,
     kind[inside] = MOUTH
     mouth = torch.nonzero(kind == MOUTH).squeeze(1)
     depth = (0.27 - place[mouth, 2]).clamp_min(0)
-    light[mouth] = torch.exp(-2.6 * depth) * ramp(place[mouth, 0].abs(), 0.42, 0.10)
+    light[mouth] = torch.exp(-3.4 * depth) * ramp(place[mouth, 0].abs(), 0.40, 0.06)
     for part in ("left_eye", "right_eye"):
         kind[head.faces[head.of_part(part)].unique()] = EYE
     return colour, kind, light
@@ -94,7 +106,7 @@ def _colours(people: People, head: Head, place: Tensor) -> tuple[Tensor, Tensor,
 def build(people: People, head: Head, *, strands: int) -> Figure:
     """Everything about B people that does not move. `strands`: ribbons of hair on each."""
     place = canonical(head)
-    rest = _shorten_lashes(shape(people, head), head, people)
+    rest = _settle_mouth(_shorten_lashes(shape(people, head), head, people), head)
     normals = vertex_normals(rest, head.faces)
     rest = wear.dress(people, rest, normals, place, head)
     normals = vertex_normals(rest, head.faces)
@@ -187,8 +199,11 @@ def pose(figure: Figure, motion: Motion, body_turn: Tensor) -> tuple[Tensor, Ten
     return everything, normals @ body.transpose(1, 2), tangents @ body.transpose(1, 2)
 
 
-def lip_gap(vertices: Tensor) -> Tensor:
-    """Distance between the inner edges of the lips on the midline [N] dm; vertices [N, V, 3]."""
-    upper = vertices[:, list(UPPER_LIP)].mean(1)
-    lower = vertices[:, list(LOWER_LIP)].mean(1)
-    return (upper - lower).norm(dim=-1)
+def lip_gap(figure: Figure, curves: Tensor) -> Tensor:
+    """Visible gap between the lips on the midline [B, T] dm, 0 when they touch; curves [B, T, U]."""
+    gaps = []
+    for lip in (UPPER_LIP, LOWER_LIP):
+        shift = torch.einsum("btu,uv->btv", curves, figure.head.units[:, list(lip), 1])
+        gaps.append(figure.rest[:, None, list(lip), 1] + shift)
+    upper, lower = gaps
+    return (upper.amin(-1) - lower.amax(-1)).clamp_min(0)

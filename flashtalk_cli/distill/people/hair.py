@@ -185,7 +185,7 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
     curl = _style(people, "curl") * (0.4 + 1.2 * people.column("hair_curl"))
     mess = (chance[:, 3:6] - 0.5) * 2
     part = people.column("parting") * 0.30
-    side = torch.tanh((roots[..., 0] - part) / 0.10)
+    side = torch.tanh((roots[..., 0] - part) / 0.03)
     fringe = people.has("hair_style", "fringe", "short", "curly", "afro", "buzz")
     path, outward = [roots], [skull.outward(roots)]
     place = roots
@@ -205,7 +205,7 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
         orbit = torch.linalg.cross(to_bun, normalize(mess, dim=-1).expand_as(to_bun))
         comb = torch.where(tied[..., None] > 0, normalize(torch.where(arrived, orbit, to_bun), dim=-1), comb)
         along = comb - (comb * normal).sum(-1, keepdim=True) * normal * 0.85 * (1 - t)
-        direction = along + normal * (_style(people, "lift") * (1 - t) ** 2 * (0.4 + layer))[..., None]
+        direction = along + normal * (_style(people, "lift") * (1 - t) ** 2 * (0.4 + layer) * (0.4 + 0.6 * top))[..., None]
         direction = direction + mess * _style(people, "mess")[..., None]
         phase = 6.28 * (chance[:, 6] + t * (1.2 + 2.2 * people.column("hair_curl")) * length.clamp(0.8, 3.0))
         swing = torch.stack([torch.cos(phase), torch.sin(phase) * 0.3, torch.sin(phase)], -1) * (curl * 7)[..., None]

@@ -112,7 +112,7 @@ def shade(
     fresnel = 0.35 + 0.65 * edge.squeeze(-1) ** 3
     broad, sharp = along**14, along**60
     shine = gloss * (0.16 * broad + 0.22 * sharp) * fresnel * (facing.squeeze(-1) > -0.1)
-    glint = (kind == EYE) * gloss * (2.2 * along**260 + 0.10 * along**20)
+    glint = (kind == EYE) * gloss * (2.6 * along**260 + 0.025 * along**20)
     bend = 1 - (tangent * half).sum(-1) ** 2
     streak = (kind == HAIR) * 0.20 * bend.clamp_min(0) ** 24 * (facing.squeeze(-1) * 0.5 + 0.5).clamp_min(0)
     colour = colour + key_light * ((shine + glint) * (0.25 + 0.75 * key_lit))[:, None]

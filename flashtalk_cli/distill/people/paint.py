@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashtalk_cli.distill.people.charts import EYE, EYE_REACH_RAD, HEAD, TORSO, Chart
+from flashtalk_cli.distill.people.charts import ARCH_REACH_RAD, EYE, EYE_REACH_RAD, HEAD, TEETH, TORSO, Chart
 from flashtalk_cli.distill.people.noise import fractal, noise
 from flashtalk_cli.distill.people.spec import BEARDS, GARMENTS, PersonSpec
 
@@ -18,7 +18,7 @@ HAIRLINE = (  # azimuth around the skull from the front, rad -> height of the ha
     (0.0, 0.70), (0.35, 0.70), (0.62, 0.60), (0.85, 0.40), (1.05, 0.12), (1.25, -0.16), (1.42, -0.20),
     (1.50, 0.06), (1.95, 0.06), (2.10, -0.25), (2.4, -0.70), (3.15, -0.95),
 )
-GLOSS_SKIN, GLOSS_LIP, GLOSS_EYE, GLOSS_CLOTH = 0.35, 0.6, 1.0, 0.04
+GLOSS_SKIN, GLOSS_LIP, GLOSS_EYE, GLOSS_CLOTH, GLOSS_TEETH = 0.35, 0.6, 1.0, 0.04, 0.5
 
 
 def linear(colour: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def eye(people: People, disc: Tensor, lattice: Tensor) -> Tensor:
     edge = 0.42 * people.column("iris_size")
     ring = ramp(angle[None] / edge, 0.78, 1.0)
     inner = torch.exp(-(((angle[None] / edge - 0.45) / 0.16) ** 2))
-    iris = people.colour("iris") * (1.25 + 0.75 * fibre + 0.5 * inner)[..., None]
+    iris = people.colour("iris") * (0.85 + 0.6 * fibre + 0.45 * inner)[..., None]
     iris = iris * (1 - 0.72 * ring)[..., None]
     pupil = ramp(angle[None] + 0.01 * fibre, edge * 0.46, edge * 0.36)
     iris = iris * (1 - 0.985 * pupil)[..., None]
@@ -210,14 +210,32 @@ def eye(people: People, disc: Tensor, lattice: Tensor) -> Tensor:
     return _over(white, iris, ramp(angle[None], edge * 1.06, edge * 0.96))
 
 
+TOOTH_EDGES_RAD = (0.0, 0.34, 0.61, 0.89, 1.15, 1.42, 1.80)
+
+
+def teeth(people: People, along: Tensor, height: Tensor, lattice: Tensor) -> Tensor:
+    """Teeth unrolled: along [N] in -1..1 round the arch, height [N] from gum to edge -> [B, N, 3]."""
+    angle = along.abs() * ARCH_REACH_RAD
+    gap, middle = torch.full_like(angle, 9.0), torch.zeros_like(angle)
+    for left, right in zip(TOOTH_EDGES_RAD, TOOTH_EDGES_RAD[1:], strict=False):
+        inside = (angle >= left) & (angle < right)
+        gap = torch.where(inside, torch.minimum(angle - left, right - angle), gap)
+        middle = torch.where(inside, ((angle - left) / (right - left) - 0.5).abs() * 2, middle)
+    enamel = linear(torch.tensor([0.86, 0.81, 0.72], device=along.device))
+    tint = 1 + 0.10 * noise(lattice, torch.stack([along, height, along], -1), 5.0, 41.0)
+    colour = enamel * (tint * (1 - 0.5 * torch.exp(-((gap / 0.022) ** 2))) * (0.86 + 0.14 * height))[..., None]
+    gum = linear(torch.tensor([0.62, 0.33, 0.33], device=along.device))
+    return _over(colour, gum.expand_as(colour), ramp(height, 0.42 + 0.06 * middle**2, 0.36 + 0.06 * middle**2)[None])
+
+
 def bare(place: Tensor, people: People) -> Tensor:
     """Signed distance from the garment's edge (dm, positive: skin shows), [B, N]."""
     x, y, z = place[:, 0].abs(), place[:, 1], place[:, 2]
-    ring = y + 1.62 + 0.14 * z + 0.10 * x  # a loop round the base of the neck
+    ring = y + 1.60 + 0.14 * z - 0.22 * x  # a loop round the base of the neck
     front = ramp(z, -0.9, -0.3)
     edges = {
-        "crew": ring + 0.20 * front,
-        "v_neck": torch.minimum(ring + 0.25, ring + 0.2 + (1.05 - 1.9 * x).clamp_min(0) * front),
+        "crew": ring + 0.10 * front,
+        "v_neck": ring + 0.06 + (0.85 - 1.7 * x).clamp_min(0) * front,
         "shirt": ring + (0.42 - 1.6 * x).clamp_min(0) * front,
         "suit": ring + (0.2 - 1.2 * x).clamp_min(0) * front,
         "turtleneck": ring - 0.05,
@@ -275,6 +293,12 @@ def atlas(people: People, chart: Chart, lattice: Tensor) -> Tensor:
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     disc = torch.stack([u, -v], -1).reshape(-1, 2) * (0.125 / 0.12)
     texture[:, at] = torch.cat([eye(people, disc, lattice), torch.full_like(texture[:, at][..., :1], GLOSS_EYE)], -1)
+    at = chart.which == TEETH
+    steps = (torch.arange(size // 2, device=chart.place.device) + 0.5) / (size // 2)
+    rise = torch.arange(rows - size * 5 // 4, device=chart.place.device) / size
+    height, along = torch.meshgrid(torch.where(rise < 0.125, rise - 0.005, rise - 0.13) / 0.115, steps, indexing="ij")
+    both_rows = teeth(people, (along.reshape(-1) - 0.5) / 0.48, height.reshape(-1).clamp(0, 1), lattice)
+    texture[:, at] = torch.cat([both_rows, torch.full_like(both_rows[..., :1], GLOSS_TEETH)], -1)
     return texture.permute(0, 3, 1, 2).contiguous()
 
 

@@ -139,7 +139,7 @@ def _film(scene: Scene, motion: Motion) -> tuple[Tensor, Tensor, Tensor]:
     picture = _shade(scene, triangle, dense, vertices, normals, tangents)
     picture = avg_pool2d(_tone(picture), SUPERSAMPLES)
     lips = _lips(scene, screen).reshape(len(scene.people.specs), -1, 2)
-    return _finish(scene, picture), lips, lip_gap(vertices)
+    return _finish(scene, picture), lips, lip_gap(scene.figure, motion.curves)
 
 
 def _lips(scene: Scene, screen: Tensor) -> Tensor:
@@ -177,8 +177,8 @@ def _shade(scene: Scene, triangle: Tensor, screen: Tensor, vertices: Tensor, nor
     uv = torch.where((face < n_painted)[:, None], uv, torch.tensor([0.875, 1.125], device=uv.device))
     paint = _sample(scene.texture, who, uv)
     kind = scene.figure.kind[corner[:, 0]]
-    gloss = torch.where(kind == MOUTH, 0.5, torch.where(kind == HAIR, 0.0, paint[:, 3]))
-    gloss = torch.where(face < n_painted, gloss, torch.where(kind == HAIR, 0.0, 0.35))
+    gloss = torch.where(face < n_painted, paint[:, 3], torch.where(kind == HAIR, 0.0, 0.35))
+    gloss = torch.where(kind == MOUTH, 0.4 * still[:, 3], gloss)
     there = mixed(vertices, frame)
     camera = torch.stack([torch.zeros_like(there[:, 0]), torch.zeros_like(there[:, 0]), people("distance")[who]], -1)
     view = normalize(camera - there, dim=-1)

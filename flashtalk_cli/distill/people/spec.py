@@ -253,7 +253,7 @@ def _hair_style(rng: np.random.Generator, female: float, age: float, hair: Colou
         beard = str(rng.choice(BEARDS, p=(0.34, 0.2, 0.16, 0.05, 0.07, 0.1, 0.08)))
     return {
         "hair_style": style, "hair_length": float(rng.uniform(0.7, 1.35)), "hair_volume": float(rng.uniform(0.6, 1.4)),
-        "hair_curl": float(rng.beta(1.2, 3.0)), "hairline": float(np.clip(rng.normal(0.25 * (1 - female) * age, 0.18), -0.3, 0.7)),
+        "hair_curl": float(rng.beta(1.2, 3.0)), "hairline": float(np.clip(rng.normal(0.2 * (1 - female) * age, 0.14), -0.3, 0.4)),
         "parting": float(rng.uniform(-0.8, 0.8)), "beard": beard, "beard_colour": jitter(rng, mix(hair, (0.2, 0.13, 0.1), 0.3), 0.02),
     }
 
