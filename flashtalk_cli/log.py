@@ -20,7 +20,7 @@ class RankFilter(logging.Filter):
 
 
 def setup(*, debug: bool = False, rank: int = 0) -> None:
-    """Log our own modules from INFO (DEBUG with `debug`) and everybody else's from WARNING, to stderr.
+    """Log warnings to stderr; with `debug` all that our own modules say, and Python's warnings.
 
     Calling it again replaces what an earlier call set up.
     """
@@ -33,5 +33,6 @@ def setup(*, debug: bool = False, rank: int = 0) -> None:
     )
     handler.setFormatter(logging.Formatter(shape))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("flashtalk_cli").setLevel(logging.DEBUG if debug else logging.INFO)
+    logging.getLogger("flashtalk_cli").setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.captureWarnings(True)
+    logging.getLogger("py.warnings").setLevel(logging.WARNING if debug else logging.ERROR)

@@ -441,7 +441,7 @@ def test_json_lines_are_the_events(inputs, monkeypatch, capsys):
     captured = capsys.readouterr()
     seen = [json.loads(line) for line in captured.out.splitlines()]
     assert seen[-len(RUN) :] == RUN
-    assert [e["name"] for e in seen[: -len(RUN)]] == ["picture", "sound", "model"]
+    assert [e["name"] for e in seen[: -len(RUN)]] == ["picture", "sound", "model", "start"]
     assert captured.err == ""
     assert run([*RENDER, "--json", "-o", "-"]) == 0
     captured = capsys.readouterr()
@@ -521,3 +521,25 @@ def test_every_event_can_be_described():
 
 def test_request_knows_standard_output():
     assert not request.Request(Path("a"), Path("b"), None, "mini", (), {}, None, False).to_stdout
+
+
+# Logging
+
+
+def test_only_rank_0_says_more_than_warnings_and_others_say_who_they_are(capfd):
+    code = (
+        "import logging, warnings; from flashtalk_cli import log\n"
+        "for rank in (0, 2):\n"
+        "    log.setup(debug=True, rank=rank); ours = logging.getLogger('flashtalk_cli.x')\n"
+        "    ours.debug('d%s', rank); ours.warning('w%s', rank); logging.getLogger('other').info('o')\n"
+        "log.setup(); ours.info('quiet'); ours.error('loud'); warnings.warn('noise')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.split(" ", 2)[2] for line in ended.stderr.splitlines()[:3]]
+    assert lines == [
+        "DEBUG flashtalk_cli.x: d0",
+        "WARNING flashtalk_cli.x: w0",
+        "rank 2 WARNING flashtalk_cli.x: w2",
+    ]
+    assert ended.stderr.splitlines()[3:] == ["ERROR: loud"]
+    assert ended.stdout == ""

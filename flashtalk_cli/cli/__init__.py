@@ -1,0 +1,1 @@
+"""The command line: one command a file; it parses, makes a configuration, and calls."""

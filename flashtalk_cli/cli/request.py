@@ -6,10 +6,12 @@ weight is loaded: preset, output, picture, sound, model. Then the job goes to a 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ def fulfil(request: Request, *, json: bool, debug: bool) -> int:
         tempfile.TemporaryDirectory(prefix="flashtalk-") as folder,
     ):
         job = check(request, Path(folder), display)
+        display.stage("start", "loading torch")
         return launch.run(job, display.show, debug=debug, stdout=request.to_stdout, on_log=display.log)
 
 
@@ -109,10 +112,26 @@ def _output(request: Request, preset: Preset) -> Path | None:
         default = f"{request.speech.stem}-{request.picture.stem}.mp4"
         output = Path(default if request.output is None else request.output).absolute()
         for given in (request.picture, request.speech):
-            if output.exists() and given.exists() and output.samefile(given):
-                raise OutputError(f"{output}: is an input too and would be lost; choose another name with -o")
+            with suppress(OSError):  # one of them is not there
+                if output.samefile(given):
+                    raise OutputError(
+                        f"{output}: is an input too and would be lost; choose another name with -o"
+                    )
     check_output(output, preset.encoding, preset.canvas.width_px, preset.canvas.height_px, request.overwrite)
+    if output is not None:
+        _try_folder(output)
     return output
+
+
+def _try_folder(output: Path) -> None:
+    """Make a nameless file where the video goes: what permissions promise is not always so."""
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(f"{output}.part.index")  # the longest name there will be
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another with -o") from None
 
 
 def _canvas(canvas: Canvas) -> str:
