@@ -11,13 +11,16 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from PIL import Image
 
+from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill.people.figure import Motion
 from flashtalk_cli.distill.people.head import load_head
 from flashtalk_cli.distill.people.render import Detail, film, prepare
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
+from flashtalk_cli.distill.people.voices import Voice, say
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,18 @@ PEOPLE: dict[str, tuple[int, dict]] = {
     "maya": (HELD_OUT_FROM + 15, {}),
     "henry": (HELD_OUT_FROM + 14, {}),
     "amara": (HELD_OUT_FROM + 6, {}),
+}
+SPEECHES = {
+    "welcome": (
+        "slt",
+        "Hello, and welcome. This portrait never moved before today. A small model listens to my voice, "
+        "and it moves the lips, the eyes and the head, one second at a time. Everything you see was made on this very machine.",
+    ),
+    "story": (
+        "rms",
+        "Above the harbour there stood an old blue house. Every Wednesday morning, a puppy and a white mouse opened the window "
+        "and waved at the boats. Nobody believed it, of course. But both of them were quite happy about that.",
+    ),
 }
 
 
@@ -54,16 +69,29 @@ def still(spec: PersonSpec, units: dict[str, float], side_px: int, detail: Detai
     return np.asarray(Image.fromarray(frame).resize((side_px, side_px), Image.Resampling.BOX))
 
 
+def speak(name: str, into: Path) -> None:
+    """Writes a speech and its text."""
+    voice, text = SPEECHES[name]
+    samples = say(Voice("flite", voice, speed=1.06), text).samples
+    soundfile.write(into / f"{name}.wav", samples * (0.7 / np.abs(samples).max()), SAMPLE_RATE_HZ, subtype="PCM_16")
+    (into / f"{name}.txt").write_text(text + "\n")
+    log.info("%s: %.1f s", into / f"{name}.wav", len(samples) / SAMPLE_RATE_HZ)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(PEOPLE))
-    parser.add_argument("--into", type=Path, default=FOLDER / "portraits")
+    parser.add_argument("names", nargs="*", default=[*SPEECHES, *PEOPLE])
+    parser.add_argument("--into", type=Path, default=FOLDER)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    given.into.mkdir(parents=True, exist_ok=True)
+    for folder in ("portraits", "speech"):
+        (given.into / folder).mkdir(parents=True, exist_ok=True)
     for name in given.names:
-        path = given.into / f"{name}.png"
+        if name in SPEECHES:
+            speak(name, given.into / "speech")
+            continue
+        path = given.into / "portraits" / f"{name}.png"
         Image.fromarray(still(portrait_spec(name), PLEASANT, SIDE_PX, PORTRAIT)).save(path, optimize=True)
         log.info("%s: %d bytes", path, path.stat().st_size)
 

@@ -15,8 +15,8 @@ LETTERS = {
     "p": "p", "b": "bɓ", "m": "mɱ", "f": "fɸ", "v": "vʋβ", "th": "θ", "dh": "ð",
     "t": "tʈ", "d": "dɖɗ", "n": "nɳɲ", "s": "sɕ", "z": "zʑ", "sh": "ʃʂ", "zh": "ʒʐ",
     "k": "kcq", "g": "ɡgɟɢɠ", "ng": "ŋɴ", "x": "xçχɣħʁ", "h": "hɦʔ", "l": "lɫɬɭʎɮ", "r": "ɹrɾɻʀɽ", "w": "wʍɰ", "j": "jɥ",
-    "i": "iɨᵻ", "ih": "ɪ", "y": "yʏʉ", "e": "eɘ", "eh": "ɛ", "oe": "øœɶɵ", "ae": "æ", "a": "aɐɑä",
-    "ah": "ʌə", "er": "ɜɚɝɞ", "ao": "ɔɒ", "o": "oɤ", "uh": "ʊ", "u": "uɯ",
+    "i": "iɨᵻ", "ih": "ɪ", "y": "yʏʉ", "e": "eɘ", "eh": "ɛ", "oe": "øœɶɵ", "ae": "æ", "a": "aɑä",
+    "ah": "ʌəɐ", "er": "ɜɚɝɞ", "ao": "ɔɒ", "o": "oɤ", "uh": "ʊ", "u": "uɯ",
 }
 CLASSES = tuple(LETTERS)
 CLASS_OF_LETTER = {letter: number for number, letters in enumerate(LETTERS.values()) for letter in letters}
