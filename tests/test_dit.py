@@ -453,6 +453,22 @@ def test_a_run_of_tokens_hears_what_it_hears_in_the_whole(data: st.DataObject) -
     torch.testing.assert_close(heard[:, : stop - start], expected)
 
 
+def test_audio_attention_by_definition() -> None:
+    """Golden: kv_linear holds keys, then values, head by head; a frame's tokens hear that frame only."""
+    layer, frames, size = random_dit().blocks[0].audio_cross_attn, 3, 4
+    x, tokens = torch.randn(1, frames * size, SMALL.dim), torch.randn(1, frames, 5, SMALL.output_dim)
+    width, d = SMALL.dim, SMALL.head_dim
+    weight, bias = layer.kv_linear.weight, layer.kv_linear.bias
+    out = torch.empty_like(x)
+    for token in range(frames * size):
+        q, heard = layer.q_linear(x[0, token]), tokens[0, token // size]
+        k, v = heard @ weight[:width].T + bias[:width], heard @ weight[width:].T + bias[width:]
+        for head in (slice(i * d, (i + 1) * d) for i in range(SMALL.num_heads)):
+            out[0, token, head] = torch.softmax(k[:, head] @ q[head] / d**0.5, 0) @ v[:, head]
+    layout = Layout(torch.empty(0), size, (0, frames * size), Sequence(), SDPA)
+    torch.testing.assert_close(layer(x, layer.keys(tokens), layout), layer.proj(out))
+
+
 # Sharing a sequence
 
 
