@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from flashtalk_cli.errors import FlashtalkError, WorkerError
 from flashtalk_cli.models import folder
 
 ROOT = Path(__file__).parent.parent
+RENDER = ["render", "portrait.png", "hello.wav", "--model", "model"]
 COMMANDS = [
     [],
     ["render"],
@@ -280,6 +282,23 @@ def test_the_prepared_sound_does_not_outlive_the_run(inputs, jobs):
     assert not jobs[0].speech.samples_path.exists()
 
 
+def test_a_long_sound_shows_how_much_is_ready(inputs, jobs, monkeypatch, capsys):
+    whole = request.prepare_speech
+
+    def slow(path, folder):
+        (folder / "half").write_bytes(bytes(request.BYTES_PER_SECOND * 90))
+        time.sleep(0.3)
+        return whole(path, folder)
+
+    monkeypatch.setattr(request, "prepare_speech", slow)
+    monkeypatch.setattr(request, "PROGRESS_EVERY_S", 0.05)
+    assert run([*RENDER, "--json"]) == 0
+    seen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    reports = [e for e in seen if e["event"] == "progress"]
+    assert reports[0] == {"event": "progress", "name": "sound", "done": 90.0, "total": None, "unit": "s"}
+    assert [e["event"] for e in seen if e["event"] != "progress"][-1] == "done"
+
+
 def test_demo_takes_packaged_inputs_by_name(inputs, jobs, monkeypatch, capsys):
     from flashtalk_cli.cli import demo
 
@@ -338,9 +357,6 @@ def ending(monkeypatch, problem: BaseException) -> None:
         raise problem
 
     monkeypatch.setattr(launch, "run", fake)
-
-
-RENDER = ["render", "portrait.png", "hello.wav", "--model", "model"]
 
 
 def test_an_error_of_the_worker_is_one_line_and_its_exit_code(inputs, monkeypatch, capsys):

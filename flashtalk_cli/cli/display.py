@@ -171,7 +171,8 @@ class Bars(Display):
         line = Table.grid(padding=(0, 1))
         cells: list[Spinner | Text | ProgressBar] = [self._spinner, text(self._title)]
         if self._total:
-            cells += [ProgressBar(self._total, self._done, width=BAR_COLUMNS), text(self._note)]
+            cells.append(ProgressBar(self._total, self._done, width=BAR_COLUMNS))
+        cells.append(text(self._note))
         line.add_row(*cells)
         return line
 

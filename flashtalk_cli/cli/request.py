@@ -10,21 +10,25 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashtalk_cli import launch, log
 from flashtalk_cli.cli.display import Display, choose
-from flashtalk_cli.config import Canvas, Preset, RenderJob
+from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
 from flashtalk_cli.errors import ConfigError, OutputError
 from flashtalk_cli.media.audio import prepare_speech
 from flashtalk_cli.media.image import load_picture, picture_size
 from flashtalk_cli.media.video_file import check_output
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.presets import Override, load, parse_set
+
+PROGRESS_EVERY_S = 1.0
+BYTES_PER_SECOND = 4 * SAMPLE_RATE_HZ  # of prepared sound
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
         preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(width_px, height_px)})
     display.stage("picture", f"{request.picture} {width_px}x{height_px}, {_canvas(preset.canvas)}")
     display.stage("sound", str(request.speech))
-    speech = prepare_speech(request.speech, folder)
+    with _growth_shown(folder, display):
+        speech = prepare_speech(request.speech, folder)
     model = preset.model
     found = resolve(model.name, model.speech_encoder, random=model.weights == "random")
     display.stage("model", str(found.path))
@@ -83,6 +88,26 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
         output=output,
         overwrite=request.overwrite,
     )
+
+
+@contextmanager
+def _growth_shown(folder: Path, display: Display) -> Iterator[None]:
+    """Show every second how much of a long sound is ready in `folder`."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(PROGRESS_EVERY_S):
+            with suppress(FileNotFoundError):  # removed in this moment: the sound was no good
+                ready_bytes = sum(path.stat().st_size for path in folder.iterdir())
+                display.progress("sound", ready_bytes / BYTES_PER_SECOND, None, "s")
+
+    watcher = threading.Thread(target=watch, name="sound-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _preset(request: Request) -> Preset:
