@@ -4,6 +4,7 @@ line; what a run shows is right for a terminal, a pipe and a program."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import re
@@ -299,16 +300,26 @@ def test_a_long_sound_shows_how_much_is_ready(inputs, jobs, monkeypatch, capsys)
     assert [e["event"] for e in seen if e["event"] != "progress"][-1] == "done"
 
 
+def test_the_demos_defaults_are_packaged():
+    from flashtalk_cli.cli import demo
+
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(demo.demo).parameters.items()
+    }
+    assert defaults["portrait"] in demo._portraits
+    assert defaults["speech"] in demo._speeches
+
+
 def test_demo_takes_packaged_inputs_by_name(inputs, jobs, monkeypatch, capsys):
     from flashtalk_cli.cli import demo
 
-    monkeypatch.setattr(demo, "_portraits", {"ada": inputs / "portrait.png", "bob": inputs / "none.png"})
-    monkeypatch.setattr(demo, "_speeches", {"hello": inputs / "hello.wav"})
+    monkeypatch.setattr(demo, "_portraits", {"amara": inputs / "portrait.png", "bob": inputs / "none.png"})
+    monkeypatch.setattr(demo, "_speeches", {"welcome": inputs / "hello.wav"})
     assert run(["demo", "--set", "model.name=model"]) == 0
     assert jobs[0].output == inputs / "demo.mp4"
     assert jobs[0].picture == inputs / "portrait.png"
     assert run(["demo", "--portrait", "eve"]) == 4
-    assert "no portrait named 'eve'; there are ada, bob" in error_line(capsys)
+    assert "no portrait named 'eve'; there are amara, bob" in error_line(capsys)
 
 
 # The order of checks: everything is wrong at first, and mended one by one

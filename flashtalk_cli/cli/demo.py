@@ -24,23 +24,11 @@ _speeches = _packaged("speech", ".wav")
 
 def demo(
     portrait: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=PERSON,
-            show_default=False,
-            help=f"One of: {', '.join(_portraits)}.",
-        ),
-    ] = None,
+        str, typer.Option(metavar="NAME", rich_help_panel=PERSON, help=f"One of: {', '.join(_portraits)}.")
+    ] = "amara",
     speech: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=PERSON,
-            show_default=False,
-            help=f"One of: {', '.join(_speeches)}.",
-        ),
-    ] = None,
+        str, typer.Option(metavar="NAME", rich_help_panel=PERSON, help=f"One of: {', '.join(_speeches)}.")
+    ] = "welcome",
     output: Annotated[str, output_option("demo.mp4 here")] = "demo.mp4",
     overwrite: Overwrite = False,
     preset: PresetName = "mini",
@@ -64,12 +52,10 @@ def demo(
     return fulfil(request, json=json, debug=debug)
 
 
-def _choose(kind: str, name: str | None, known: dict[str, Path]) -> Path:
-    """The asset of that name; the first one without a name."""
+def _choose(kind: str, name: str, known: dict[str, Path]) -> Path:
+    """The asset of that name."""
     if not known:
         raise InputError(f"no packaged {kind}: the installation is incomplete, install flashtalk again")
-    if name is None:
-        return next(iter(known.values()))
     if name not in known:
         raise InputError(f"no {kind} named {name!r}; there are {', '.join(known)}")
     return known[name]
