@@ -22,9 +22,11 @@ DEFAULT_PROMPT = (
 
 
 class Frozen(BaseModel):
-    """Immutable, strict, and closed: an unknown key is an error."""
+    """Immutable, strict, finite and closed: an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class ModelChoice(Frozen):

@@ -61,6 +61,8 @@ class Worker:
         self.device = choose_device(job.preset.compute.device)
         choice = job.preset.model
         self.folder = resolve(choice.name, choice.speech_encoder, random=self.random)
+        if not self.random and (notice := self.folder.config().get("_notice")):
+            emitter.emit("warning", message=notice)
 
     def encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Picture [3, H, W] in [-1, 1], text rows, picture tokens. The encoders are freed again."""
@@ -141,6 +143,8 @@ def render(worker: Worker, stop: threading.Event, stdout: int) -> int:
             frames = to_bytes(video)[: job.n_frames - file.frames_written]
             file.write(frames.cpu().numpy())
             progress.report(file.frames_written)
+            if file.frames_written == job.n_frames:
+                break
         path = file.finish()
     worker.emitter.emit(
         "done",
