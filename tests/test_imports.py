@@ -43,6 +43,7 @@ HEAVY = {"torch", "transformers", "safetensors", "diffusers", "torchvision"}
 LIGHT_MODELS = "models/folder.py"  # of models, all that the command line may import
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
+    "launch.py": {"OMP_WAIT_POLICY"},
     "worker.py": None,
 }  # None: torchrun's own
 
