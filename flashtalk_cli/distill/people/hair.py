@@ -43,14 +43,14 @@ STYLES = {
     "bald": Style(0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
     "buzz": Style(0.07, 0.05, 0.6, 0.0, 0.0, 0.3, 0.2, 0, 0.01, 0.3),
     "short": Style(0.42, 0.16, 0.55, -0.1, 0.45, 0.35, 0.25, 0.0, 0.10, 0.28),
-    "swept": Style(0.95, 0.22, 0.60, 1.1, 0.35, 0.0, 0.15, 0.0, 0.16, 0.16),
+    "swept": Style(0.85, 0.20, 0.36, 1.1, 0.30, 0.0, 0.45, 0.0, 0.14, 0.10),
     "fringe": Style(0.85, 0.55, 0.30, -0.2, 0.15, 0.9, 0.55, 0.0, 0.10, 0.16),
     "bob": Style(2.1, 1.55, 0.12, 0.25, 0.95, 0.0, 1.5, 0.0, 0.17, 0.08),
     "long": Style(4.2, 3.6, 0.10, 0.35, 0.95, 0.0, 1.9, 0.0, 0.16, 0.07),
     "waves": Style(3.5, 3.0, 0.14, 0.35, 0.95, 0.0, 1.7, 0.07, 0.22, 0.10),
     "tied": Style(1.7, 1.5, 0.05, 1.0, 0.0, 0.0, 0.0, 0.0, 0.05, 0.05),
-    "curly": Style(1.3, 0.9, 0.55, 0.1, 0.6, 0.15, 0.75, 0.09, 0.28, 0.35),
-    "afro": Style(0.85, 0.75, 1.6, 0.0, 0.0, 0.0, 0.0, 0.05, 0.9, 0.45),
+    "curly": Style(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.26, 0.0),
+    "afro": Style(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.55, 0.0),
 }
 BEARD_LENGTH = {"moustache": 0.09, "goatee": 0.14, "short": 0.08, "full": 0.26}
 
@@ -170,6 +170,24 @@ def _part_curtain(place: Tensor, side: Tensor, amount: Tensor) -> Tensor:
     return torch.stack([torch.lerp(x, aside, before_face), y, torch.lerp(z, back, before_face)], -1)
 
 
+def _curls(
+    people: People, roots: Tensor, outward: Tensor, top: Tensor, chance: Tensor, length: Tensor, t: Tensor
+) -> Tensor:
+    """Small rings of hair [B, R, P, 3] that fill a layer round the scalp; `curly` hair also droops."""
+    depth = _style(people, "volume") * people.column("hair_volume") * chance[:, 2] ** 0.6
+    centre = roots + outward * depth[..., None]
+    droop = people.has("hair_style", "curly") * chance[:, 2] * (1.2 - top) * 0.75 * length
+    centre = centre - torch.stack([torch.zeros_like(droop), droop, torch.zeros_like(droop)], -1)
+    axis = normalize(chance[:, 3:6] - 0.5, dim=-1).expand_as(outward)
+    first = normalize(torch.linalg.cross(axis, outward), dim=-1)
+    second = torch.linalg.cross(axis, first)
+    radius = (0.035 + 0.06 * people.column("hair_curl") + 0.03 * chance[:, 6]) * (length > 0)
+    angle = 6.28 * (chance[:, 7, None] + 1.15 * t)
+    ring = first[:, :, None] * torch.cos(angle)[..., None] + second[:, :, None] * torch.sin(angle)[..., None]
+    slide = axis[:, :, None] * ((t - 0.5) * 0.12)[:, None]
+    return centre[:, :, None] + (ring + slide) * radius[..., None, None] * (length > 0)[..., None, None]
+
+
 def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
     """Hair on heads at rest [B, V, 3]: `count` ribbons each."""
     corners, weights, where, chance = _roots("scalp", count, str(rest.device))
@@ -219,6 +237,8 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
         outward.append(skull.outward(place))
     line, normals = torch.stack(path, 2), torch.stack(outward, 2)
     t = torch.linspace(0, 1, STEPS, device=rest.device)
+    cloud = people.has("hair_style", "curly", "afro")[..., None, None]
+    line = torch.where(cloud > 0, _curls(people, roots, normals[:, :, 0], top, chance, length, t), line)
     coarse = 0.62 * (4000 / count) ** 0.5
     width = coarse * 0.055 * (0.7 + 0.6 * chance[:, 7, None]) * (1 - 0.75 * t**3) * (0.6 + 0.4 * length.clamp(0, 1.5))[..., None]
     shade = (0.72 + 0.5 * chance[:, 1, None] ** 2) * (0.7 + 0.45 * t)

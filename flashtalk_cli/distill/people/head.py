@@ -67,6 +67,13 @@ def _dense(stored: dict[str, np.ndarray], kind: str, n_rows: int) -> tuple[np.nd
     return dense, names
 
 
+@lru_cache(maxsize=1)
+def unit_names() -> tuple[str, ...]:
+    """Names of the face units, in the order of all curves."""
+    with np.load(HEAD_FILE) as stored:
+        return tuple(str(name) for name in stored["unit_names"])
+
+
 @lru_cache(maxsize=2)
 def load_head(device: str = "cpu") -> Head:
     """The packaged head on a device. Raises InputError when the file was never baked."""

@@ -53,10 +53,14 @@ class People:
 
     def __init__(self, specs: list[PersonSpec], device: str) -> None:
         self.specs, self.device = specs, device
+        self._fields: dict[str, Tensor] = {}
 
     def __call__(self, field: str) -> Tensor:
         """The field of every person, numbers or colours, float32."""
-        return torch.tensor([getattr(spec, field) for spec in self.specs], device=self.device, dtype=torch.float32)
+        if field not in self._fields:
+            values = [getattr(spec, field) for spec in self.specs]
+            self._fields[field] = torch.tensor(values, device=self.device, dtype=torch.float32)
+        return self._fields[field]
 
     def colour(self, field: str) -> Tensor:
         """A colour field in linear light, [B, 1, 3]."""
@@ -237,7 +241,7 @@ def bare(place: Tensor, people: People) -> Tensor:
         "crew": ring + 0.10 * front,
         "v_neck": ring + 0.06 + (0.85 - 1.7 * x).clamp_min(0) * front,
         "shirt": ring + (0.42 - 1.6 * x).clamp_min(0) * front,
-        "suit": ring + (0.2 - 1.2 * x).clamp_min(0) * front,
+        "suit": ring + (0.16 - 0.9 * x).clamp_min(0) * front,
         "turtleneck": ring - 0.05,
         "tank": torch.maximum(ring + 0.55 * front + 0.1, (x - 1.25) * 0.8),
         "hoodie": ring + 0.12 * front,
@@ -259,12 +263,13 @@ def cloth(people: People, place: Tensor, lattice: Tensor) -> tuple[Tensor, Tenso
     colour = first + (second - first) * (amount * 0.8)[..., None]
     opening = torch.exp(-((x.abs() / 0.03) ** 2)) * (y < -1.9)
     colour = colour * (1 - 0.4 * people.has("garment", "shirt") * opening)[..., None]
-    lapel = 1.1 + 0.42 * (y + 1.6)  # the suit opens on a shirt and a tie
-    shirt_front = ramp(x.abs() - lapel.clamp(0.05, 0.62), 0.015, -0.015) * (place[:, 2] > -0.6)
+    lapel = (0.36 + 0.20 * (y + 1.6)).clamp_min(0.0)  # the suit opens on a shirt and a tie
+    shirt_front = ramp(x.abs() - lapel, 0.012, -0.012) * (place[:, 2] > -0.6)
     tie = ramp(x.abs() - (0.10 + 0.03 * (-1.9 - y)), 0.01, -0.01) * (y < -1.72)
     shirt = torch.tensor([0.75, 0.77, 0.8], device=place.device) * (1 - tie[:, None]) + second * tie[:, None]
-    edge = torch.exp(-(((x.abs() - lapel.clamp(0.05, 0.62)) / 0.025) ** 2)) * (place[:, 2] > -0.6)
-    suit = colour * (1 - 0.5 * edge)[..., None]
+    fold = lapel + 0.30 * ramp(y, -3.0, -2.0) * ramp(y, -1.45, -1.75)
+    edge = torch.exp(-(((x.abs() - lapel) / 0.02) ** 2)) + 0.8 * torch.exp(-(((x.abs() - fold) / 0.018) ** 2))
+    suit = colour * (1 - 0.5 * edge * (place[:, 2] > -0.6))[..., None]
     suit = suit + (shirt - suit) * shirt_front[:, None]
     is_suit = people.has("garment", "suit")[..., None]
     colour = colour * (1 - is_suit) + suit * is_suit

@@ -105,7 +105,7 @@ def frame_sounds(sounds: list[Sound], n_frames: int) -> np.ndarray:
 def units_of_mouth(shapes: np.ndarray, loudness: np.ndarray, manner: Manner) -> dict[str, np.ndarray]:
     """Face units [T] for mouth shapes [T, 7]; loudness [T] about 1 scales the jaw."""
     jaw, closed, tuck, round_, funnel, spread, show = shapes.T
-    jaw = jaw * manner.jaw * np.clip(0.55 + 0.5 * loudness, 0.5, 1.3)
+    jaw = 1.3 * jaw * manner.jaw * np.clip(0.55 + 0.5 * loudness, 0.5, 1.3)
     lips = manner.lips
     opened = jaw * (1 - 0.9 * closed) * (1 - 0.5 * tuck) + 0.05 * closed
     free = 1 - np.clip(closed + tuck, 0, 1)

@@ -5,21 +5,33 @@ carries its reciprocal distance from the camera as third coordinate: it is linea
 so the nearest surface is the one with the largest value and perspective-correct interpolation
 needs nothing else. A vertex behind the camera has a reciprocal distance <= 0: its triangles go.
 
-`rasterise` is the plain path and the oracle; `raster_triton.rasterise` computes the same on a
-CUDA device. Both pack (nearness, triangle) into one int64 a sample and take the maximum, so
+`rasterise_plain` is the oracle; `raster_triton.rasterise` computes the same on a CUDA device, and
+`rasterise` takes it where it can. Both pack (nearness, triangle) into one int64 a sample and take the maximum, so
 that the result does not depend on the order of the triangles.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import torch
 from torch import Tensor
 
 NOTHING = -1  # the triangle index of a sample that no triangle covers
 CANDIDATES_AT_ONCE = 1 << 22
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def rasterise(screen: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """`rasterise_plain`, by the Triton kernel on a CUDA device."""
+    if screen.is_cuda and HAS_TRITON:
+        from flashtalk_cli.distill.people import raster_triton
+
+        return raster_triton.rasterise(screen, faces, height, width)
+    return rasterise_plain(screen, faces, height, width)
+
+
+def rasterise_plain(screen: Tensor, faces: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The nearest triangle of every sample, and how near it is there.
 
     screen: float32 [B, V, 3], columns (x, y, reciprocal distance); faces: int64 [F, 3], wound in
@@ -70,12 +82,12 @@ def _scatter(
 
 def pack(nearness: Tensor, face: Tensor) -> Tensor:
     """One int64 that orders by nearness (positive float32), then by the lower triangle index."""
-    return (nearness.contiguous().view(torch.int32).long() << 32) | (0xFFFFFFFF - face)
+    return (nearness.contiguous().view(torch.int32).long() << 32) | (0x7FFFFFFF - face)
 
 
 def unpack(best: Tensor) -> tuple[Tensor, Tensor]:
     """The triangle index (`NOTHING` for -1) and the nearness (0) of packed values."""
-    index = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    index = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     nearness = (best >> 32).to(torch.int32).view(torch.float32)
     covered = best >= 0
     return torch.where(covered, index, NOTHING), torch.where(covered, nearness, 0.0)

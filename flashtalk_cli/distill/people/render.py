@@ -76,8 +76,11 @@ class Clip:
     mouth_box: Tensor
 
 
-def prepare(specs: list[PersonSpec], height_px: int, width_px: int, device: str, detail: Detail | None = None) -> Scene:
-    """Shapes, paints and lights people for clips of one size."""
+def prepare(
+    specs: list[PersonSpec], height_px: int, width_px: int, device: str, detail: Detail | None = None,
+    backdrops: list[Tensor] | None = None,
+) -> Scene:
+    """Shapes, paints and lights people for clips of one size; draws what stands behind them if not given."""
     detail = detail or Detail.for_height(height_px)
     people, head = People(specs, device), load_head(device)
     chart = load_chart(detail.texture, device)
@@ -93,7 +96,8 @@ def prepare(specs: list[PersonSpec], height_px: int, width_px: int, device: str,
     ambient = torch.where(eye, 0.35 + 0.65 * ambient, ambient)
     kind = figure.kind.float().expand_as(lit)
     still = torch.cat([figure.colour, torch.stack([figure.light.expand_as(lit), lit, ambient, kind], -1)], -1)
-    backdrop = torch.stack([draw_backdrop(spec, height_px, width_px) for spec in specs]).to(device)
+    backdrops = backdrops or [draw_backdrop(spec, height_px, width_px) for spec in specs]
+    backdrop = torch.stack(backdrops).to(device)
     generator = torch.Generator().manual_seed(specs[0].seed % (1 << 62))
     grain = torch.randn(len(specs), 3, height_px, width_px, generator=generator).to(device)
     return Scene(people, figure, chart, texture, still, backdrop, grain, height_px, width_px)

@@ -169,7 +169,7 @@ def _macro_targets(rng: np.random.Generator, female: float, age: float) -> dict[
 
 def _shape(rng: np.random.Generator, female: float, age: float) -> tuple[tuple[str, float], ...]:
     found = _macro_targets(rng, female, age)
-    caricature = rng.uniform(0.6, 1.15)
+    caricature = rng.uniform(0.4, 0.9)
     for name, other in feature_pairs():
         amount = float(np.clip(rng.normal(0, _spread(name)) * caricature, -0.9, 0.9))
         chosen = name if amount > 0 else other

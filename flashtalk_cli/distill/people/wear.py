@@ -99,18 +99,18 @@ def collar(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Ribb
     angle = torch.arange(points, device=device) * (2 * math.pi / points)
     heights = {"turtleneck": -1.52, "hoodie": -1.78, "shirt": -1.58, "suit": -1.58}
     height = torch.tensor([heights.get(spec.garment, -1.6) for spec in people.specs], device=device)[:, None]
-    radius = torch.tensor([{"turtleneck": 0.085, "hoodie": 0.13, "shirt": 0.075, "suit": 0.07}.get(s.garment, 0.0) for s in people.specs], device=device)
+    radius = torch.tensor([{"turtleneck": 0.085, "hoodie": 0.13, "shirt": 0.06, "suit": 0.055}.get(s.garment, 0.0) for s in people.specs], device=device)
     ring = torch.stack([torch.sin(angle), torch.zeros_like(angle), torch.cos(angle)], -1)
     near_neck = ((place[: head.n_vertices, 1] + 1.5).abs() < 0.1) & (place[: head.n_vertices, 0].abs() < 0.6)
     neck = rest[:, : head.n_vertices][:, near_neck]
     centre = (neck.amin(1) + neck.amax(1)) / 2
     reach = (neck.amax(1) - neck.amin(1)) / 2
     front = 0.5 + 0.5 * torch.cos(angle)
-    wide = torch.tensor([{"hoodie": 0.12, "turtleneck": 0.0}.get(s.garment, 0.06) for s in people.specs], device=device)[:, None, None]
+    wide = torch.tensor([{"hoodie": 0.12, "turtleneck": 0.0}.get(s.garment, 0.03) for s in people.specs], device=device)[:, None, None]
     lift = centre[:, 1:2] + 1.58
     path = centre[:, None] + ring * (reach[:, None] + wide)
     path = torch.stack([path[..., 0], height + lift - 0.22 * front, path[..., 2]], -1)
-    open_front = people.has("garment", "shirt", "suit") * torch.exp(-((torch.sin(angle) / 0.16) ** 2)) * (front > 0.5)
+    open_front = people.has("garment", "shirt", "suit") * torch.exp(-((torch.sin(angle) / 0.30) ** 2)) * (front > 0.5)
     colour = people.colour("cloth")[:, 0].clone()
     white = people.has("garment", "suit")
     colour = colour + white * (torch.tensor([0.75, 0.77, 0.8], device=device) - colour)
