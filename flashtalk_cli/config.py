@@ -7,7 +7,7 @@ signature further down. Derived sizes are properties, so nobody computes them tw
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -170,13 +170,19 @@ class Speech(Frozen):
         return self.n_samples / SAMPLE_RATE_HZ
 
 
-class RenderJob(Frozen):
-    """One video to render; paths are absolute. Written as JSON for the worker."""
+class ClipJob(Frozen):
+    """What every job is given: a preset, a picture and a sound. Paths are absolute."""
 
     preset: Preset
     picture: Path
-    audio: Path
     speech: Speech
+
+
+class RenderJob(ClipJob):
+    """One video to render. Written as JSON for the worker."""
+
+    kind: Literal["render"] = "render"
+    audio: Path  # what the video's sound is copied from
     output: Path | None  # None: standard output
     overwrite: bool = False
 
@@ -184,3 +190,14 @@ class RenderJob(Frozen):
     def n_frames(self) -> int:
         """Frames of the video: as long as the sound, rounded up to a whole frame."""
         return -(-self.speech.n_samples // self.preset.sampling.samples_per_frame)
+
+
+class BenchJob(ClipJob):
+    """Time chunks of a video that nobody sees."""
+
+    kind: Literal["bench"] = "bench"
+    chunks: int = Field(20, ge=1)
+    warmup_chunks: int = Field(2, ge=0)
+
+
+Job = Annotated[RenderJob | BenchJob, Field(discriminator="kind")]

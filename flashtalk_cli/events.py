@@ -7,6 +7,7 @@ second of work; `realtime` is seconds of video made in a second of work.
     progress     name, done, total, unit  how far that part is; total is null when nobody knows
     chunk        index, chunks, frames_done, frames_total, fps, realtime, elapsed_s, eta_s
                                           a chunk was written; index counts from 0
+    report       data                     what a bench measured, see bench/report.py
     warning      message                  worth knowing, and no reason to end
     done         path, frames, duration_s, elapsed_s
                                           the file is complete under its final name (null: stdout)
@@ -42,6 +43,7 @@ KINDS = {
     "stage": {"name", "detail"},
     "progress": {"name", "done", "total", "unit"},
     "chunk": {"index", "chunks", "frames_done", "frames_total", "fps", "realtime", "elapsed_s", "eta_s"},
+    "report": {"data"},
     "warning": {"message"},
     "done": {"path", "frames", "duration_s", "elapsed_s"},
     "interrupted": {"path", "frames"},

@@ -12,15 +12,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from flashtalk_cli import __version__, log
-from flashtalk_cli.config import RenderJob, Sampling
+from flashtalk_cli.bench.report import report
+from flashtalk_cli.bench.timers import Timer
+from flashtalk_cli.config import BenchJob, ClipJob, Job, RenderJob, Sampling
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError, FlashtalkError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.media.audio import read_samples
@@ -32,7 +35,7 @@ from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.parallel.mesh import Mesh
 from flashtalk_cli.pipeline import chunks
-from flashtalk_cli.pipeline.session import Models, prepare, talk, to_bytes
+from flashtalk_cli.pipeline.session import Models, State, begin, prepare, step, talk, to_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,7 +56,7 @@ def choose_device(name: str) -> torch.device:
 class Worker:
     """What all parts of a job need: the job, the model's folder, the device, and a way to report."""
 
-    def __init__(self, job: RenderJob, emitter: Emitter) -> None:
+    def __init__(self, job: ClipJob, emitter: Emitter) -> None:
         self.job = job
         self.preset = job.preset
         self.emitter = emitter
@@ -112,9 +115,9 @@ class Worker:
         )
 
 
-def render(worker: Worker, stop: threading.Event, stdout: int) -> int:
+def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -> int:
     """Render the job's video; the exit code."""
-    job, canvas, sampling = worker.job, worker.preset.canvas, worker.preset.sampling
+    canvas, sampling = job.preset.canvas, job.preset.sampling
     picture, text, image = worker.encode_inputs()
     models = worker.load_models()
     hear = worker.hearing()
@@ -126,7 +129,7 @@ def render(worker: Worker, stop: threading.Event, stdout: int) -> int:
         fps=sampling.fps,
         n_frames=job.n_frames,
         audio=job.audio,
-        encoding=worker.preset.encoding,
+        encoding=job.preset.encoding,
         comment=worker.comment(),
         overwrite=job.overwrite,
         stdout=stdout,
@@ -154,6 +157,47 @@ def render(worker: Worker, stop: threading.Event, stdout: int) -> int:
         elapsed_s=time.perf_counter() - started_s,
     )
     return 0
+
+
+def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
+    """Time chunks and report; the exit code."""
+    started_s = time.perf_counter()
+    picture, text, image = worker.encode_inputs()
+    models = worker.load_models()
+    hear = worker.hearing()
+    loaded_s = time.perf_counter()
+    conditions = prepare(models, picture, text, image)
+    prepared_s = time.perf_counter()
+    state = begin(conditions, job.preset.sampling.seed)
+    timer = Timer(worker.device)
+    n_chunks = job.warmup_chunks + job.chunks
+    worker.emitter.emit("stage", name="measure", detail=f"{n_chunks} chunks")
+    for index in range(n_chunks):
+        if stop.is_set():
+            worker.emitter.emit("interrupted", path=None, frames=0)
+            return INTERRUPTED_EXIT_CODE
+        timer.start()
+        windows = hear(index)
+        timer.mark("hear")
+        pieces = step(models, conditions, state, windows, timer.mark)
+        state = yield_to_host(pieces)
+        worker.emitter.emit("progress", name="measure", done=index + 1, total=n_chunks, unit="chunks")
+    once = {"load_s": loaded_s - started_s, "prepare_s": prepared_s - loaded_s}
+    worker.emitter.emit("report", data=report(job, worker.device, timer.durations_s(), once))
+    elapsed_s = time.perf_counter() - started_s
+    frames = n_chunks * job.preset.sampling.new_frames
+    duration_s = frames / job.preset.sampling.fps
+    worker.emitter.emit("done", path=None, frames=frames, duration_s=duration_s, elapsed_s=elapsed_s)
+    return 0
+
+
+def yield_to_host(pieces: Generator[Tensor, None, State]) -> State:
+    """Bring a chunk's frames to host memory as bytes, as they come, and let them go; the state after it."""
+    while True:
+        try:
+            to_bytes(next(pieces)).cpu()
+        except StopIteration as end:
+            return end.value
 
 
 class Progress:
@@ -195,8 +239,9 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     watch_parent(stop.set, emitter)
     try:
-        job = RenderJob.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        return render(Worker(job, emitter), stop, stdout)
+        job = TypeAdapter[Job](Job).validate_json(Path(argv[0]).read_text(encoding="utf-8"))
+        worker = Worker(job, emitter)
+        return render(worker, job, stop, stdout) if job.kind == "render" else bench(worker, job, stop)
     except torch.OutOfMemoryError as error:
         return _fail(
             emitter, DeviceError(f"out of memory: {str(error).splitlines()[0]}; choose a smaller --size")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli import demo, doctor, models, presets, render
+from flashtalk_cli.cli import bench, demo, doctor, models, presets, render
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, UsageError
 
 EPILOG = (
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.command("render", epilog=render.EXAMPLES)(render.render)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 app.add_typer(presets.app, name="presets")
 app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.doctor)

@@ -203,6 +203,7 @@ def describe(happened: events.Event) -> str:
         "stage": _stage_line,
         "progress": _progress_line,
         "chunk": _chunk_line,
+        "report": lambda e: "",  # the bench shows it as a table
         "warning": lambda e: f"warning: {e['message']}",
         "done": _done_line,
         "interrupted": _interrupted_line,

@@ -245,7 +245,7 @@ class Block(nn.Module):
     def __init__(self, p: DitParams) -> None:
         super().__init__()
         self.eps = p.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, p.dim) / math.sqrt(p.dim))
+        self.modulation = _modulation(6, p.dim)
         self.self_attn = SelfAttention(p)
         self.norm3 = nn.LayerNorm(p.dim, eps=p.eps)
         self.cross_attn = CrossAttention(p)
@@ -371,7 +371,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = p.eps
         self.head = nn.Linear(p.dim, math.prod(p.patch_size) * p.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, p.dim) / math.sqrt(p.dim))
+        self.modulation = _modulation(2, p.dim)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """[B, n, dim] and the embedded time, float32 [B, dim] -> [B, n, prod(patch_size) * out_dim]."""
@@ -425,6 +425,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y * gate in float32; x, y [B, n, dim], gate float32 [B, 1, dim]."""
     return torch.addcmul(x, y, gate).to(x.dtype)
+
+
+def _modulation(n: int, dim: int) -> nn.Parameter:
+    """n vectors of standard deviation 1 / sqrt(dim); uniform, since normal_ on the meta device loads a compiler."""
+    bound = math.sqrt(3 / dim)
+    return nn.Parameter(torch.empty(1, n, dim).uniform_(-bound, bound))
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

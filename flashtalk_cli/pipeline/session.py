@@ -83,6 +83,10 @@ def prepare(models: Models, picture: Tensor, text: Tensor, image: Tensor) -> Con
     )
 
 
+def unmarked(name: str) -> None:
+    """Time nothing: the default of `step`, which calls its `mark` at the end of each part."""
+
+
 def begin(conditions: Conditions, seed: int) -> State:
     """The state before the first chunk: the person as in the picture."""
     return State(conditions.picture_latent, torch.Generator("cpu").manual_seed(seed).get_state())
@@ -90,7 +94,11 @@ def begin(conditions: Conditions, seed: int) -> State:
 
 @torch.no_grad()
 def step(
-    models: Models, conditions: Conditions, state: State, windows: Tensor
+    models: Models,
+    conditions: Conditions,
+    state: State,
+    windows: Tensor,
+    mark: Callable[[str], None] = unmarked,
 ) -> Yields[Tensor, None, State]:
     """One chunk: yields video [1, 3, n, H, W] in [-1, 1] as it decodes, `new_frames` in all.
 
@@ -113,6 +121,7 @@ def step(
         times(sampling.steps, sampling.shift),
         generator,
     )
+    mark("denoise")
     primed = 1 + (sampling.motion_frames - 1) // 4
     _, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
     tail: list[Tensor] = []
@@ -121,8 +130,10 @@ def step(
         video = match_colour(video, conditions.colour, sampling.colour_strength)
         tail = [*tail, video][-(1 + sampling.motion_frames // 4) :]
         yield video
+    mark("decode")
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
     motion, _ = models.vae.encode(last, tiles=models.tiles)
+    mark("motion")
     return State(motion.float(), generator.get_state(), state.chunk + 1)
 
 
