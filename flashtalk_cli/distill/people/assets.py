@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[2] / "assets"
 SIDE_PX = 512
 PORTRAIT = Detail(texture=1536, strands=9000, sky_directions=48, shadow_side=320)
-PLEASANT = {"mouthSmileLeft": 0.22, "mouthSmileRight": 0.22, "eyeBlinkLeft": 0.08, "eyeBlinkRight": 0.08}
+PLEASANT = {"mouthSmileLeft": 0.22, "mouthSmileRight": 0.22, "eyeBlinkLeft": 0.02, "eyeBlinkRight": 0.02}
 PEOPLE: dict[str, tuple[int, dict]] = {
     "oscar": (HELD_OUT_FROM + 3, {}),
     "maya": (HELD_OUT_FROM + 15, {}),
@@ -43,7 +43,7 @@ SPEECHES = {
     "story": (
         "rms",
         "Above the harbour there stood an old blue house. Every Wednesday morning, a puppy and a white mouse opened the window "
-        "and waved at the boats. Nobody believed it, of course. But both of them were quite happy about that.",
+        "and waved at the boats. Nobody believed it, of course.",
     ),
 }
 

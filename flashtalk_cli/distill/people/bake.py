@@ -39,7 +39,7 @@ PARTS = {
     "upper_teeth": ("helper-upper-teeth",),
     "lower_teeth": ("helper-lower-teeth",),
     "tongue": ("helper-tongue",),
-    "lashes": tuple(f"helper-{side}-eyelashes-{row}" for side in "lr" for row in (1, 2)),
+    "lashes": ("helper-l-eyelashes-2", "helper-r-eyelashes-2"),  # the upper row
 }
 JOINTS = ("neck", "head", "jaw", "mouth", "l-eye", "r-eye", "l-shoulder", "r-shoulder", "head-2")
 MASKS = ("lips", "face", "ears", "eyelids", "inside-mouth")

@@ -19,7 +19,7 @@ from flashtalk_cli.distill.people import raster
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import ClipStream, Drawing, Plan, draw_plan, motion_of, render_clips
 from flashtalk_cli.distill.people.figure import pose
-from flashtalk_cli.distill.people.render import Detail, film, prepare, project
+from flashtalk_cli.distill.people.render import film, prepare, project
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +88,19 @@ def main() -> None:
     plans = [draw_plan(number, bank, drawing) for number in range(given.batch)]
     log.info("plan       %8.1f ms a clip on one core", 1000 * (time.perf_counter() - began) / given.batch)
     stages(plans, drawing, given.device)
-    frames, began = 0, 0.0
-    for number, batch in enumerate(ClipStream(bank, drawing, first=1000, device=given.device, workers=given.workers)):
-        if number == 2:
-            began, frames = time.perf_counter(), 0
-        frames += batch.frames.shape[0] * batch.frames.shape[1]
-        _ = batch.frames[0, 0, 0, 0].tolist()
-        if number == given.batches:
-            break
-    log.info("stream     %8.0f frames/s with %d workers", frames / (time.perf_counter() - began), given.workers)
+    stream = ClipStream(bank, drawing, first=1000, device=given.device, workers=given.workers)
+    waited_s, rendered_s, frames = 0.0, 0.0, 0
+    source = iter(stream.plans)
+    for number in range(given.batches + 3):
+        began = time.perf_counter()
+        plans = next(source)
+        planned = time.perf_counter()
+        _ = stream.render(plans).frames.sum().item()
+        if number >= 3:  # the first batches start workers and compile kernels
+            waited_s, rendered_s = waited_s + planned - began, rendered_s + time.perf_counter() - planned
+            frames += drawing.batch * drawing.n_frames
+    log.info("stream     %8.0f frames/s with %d workers; %.0f ms a batch waiting for plans, %.0f ms rendering",
+             frames / (waited_s + rendered_s), given.workers, 1000 * waited_s / given.batches, 1000 * rendered_s / given.batches)
     if given.sheets:
         _sheets(bank, given.device, given.sheets)
 
@@ -108,18 +112,9 @@ def _sheets(bank: SpeechBank, device: str, into: Path) -> None:
         pictures = []
         for number in range(5000, 5000 + count):
             plan = draw_plan(number, bank, drawing)
-            pictures.append(render_clips([plan.spec], [plan.performance], (side, side), device).frames[0, 5].cpu().numpy())
+            clip = render_clips([plan.spec], [plan.performance], (side, side), device)
+            pictures.append(clip.frames[0, 5].cpu().numpy())
         sheet(pictures, columns).save(into / f"{name}.png")
-    drawing = Drawing(n_frames=50, batch=1)
-    for part in range(3):
-        found: dict[str, np.ndarray] = {}
-        for number in range(7000 + part * 12, 7012 + part * 12):
-            plan = draw_plan(number, bank, drawing)
-            clip = render_clips([plan.spec], [plan.performance], (160, 160), device, Detail.for_height(160))
-            x0, y0, x1, y1 = (int(value) for value in clip.mouth_box[0].tolist())
-            found[f"crop{number}"] = clip.frames[0, :, max(y0 - 8, 0) : y1 + 9, max(x0 - 8, 0) : x1 + 9].cpu().numpy()
-            found[f"opening{number}"] = clip.opening_px[0].cpu().numpy()
-        np.savez_compressed(into / f"mouths{part}.npz", **found)
 
 
 if __name__ == "__main__":

@@ -128,10 +128,10 @@ class ClipStream:
     def __init__(self, bank: SpeechBank, drawing: Drawing, *, first: int = 0, device: str = "cpu", workers: int = 0) -> None:
         self.drawing, self.device = drawing, device
         ahead = {"prefetch_factor": 4} if workers else {}
-        self._plans = DataLoader(_Plans(bank, drawing, first), batch_size=None, num_workers=workers, **ahead)
+        self.plans = DataLoader(_Plans(bank, drawing, first), batch_size=None, num_workers=workers, **ahead)
 
     def __iter__(self) -> Iterator[Batch]:
-        for plans in self._plans:
+        for plans in self.plans:
             yield self.render(plans)
 
     def render(self, plans: list[Plan]) -> Batch:

@@ -68,8 +68,7 @@ def _shorten_lashes(rest: Tensor, head: Head, people: People) -> Tensor:
     place = canonical(head)
     root = skin[torch.cdist(place[lashes], place[skin]).argmin(1)]
     rest = rest.clone()
-    upper = ramp(place[lashes, 1], -0.02, 0.01)[:, None]
-    keep = (0.02 + 0.16 * people.column("lash_strength")[..., None]) * (0.1 + 0.9 * upper)
+    keep = 0.03 + 0.17 * people.column("lash_strength")[..., None]
     rest[:, lashes] = rest[:, root] + keep * (rest[:, lashes] - rest[:, root])
     return rest
 
@@ -97,7 +96,7 @@ def _colours(people: People, head: Head, place: Tensor) -> tuple[Tensor, Tensor,
     kind[inside] = MOUTH
     mouth = torch.nonzero(kind == MOUTH).squeeze(1)
     depth = (0.27 - place[mouth, 2]).clamp_min(0)
-    light[mouth] = torch.exp(-3.4 * depth) * ramp(place[mouth, 0].abs(), 0.40, 0.06)
+    light[mouth] = torch.exp(-3.0 * (depth - 0.08).clamp_min(0)) * ramp(place[mouth, 0].abs(), 0.40, 0.06)
     for part in ("left_eye", "right_eye"):
         kind[head.faces[head.of_part(part)].unique()] = EYE
     return colour, kind, light

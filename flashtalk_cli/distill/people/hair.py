@@ -212,8 +212,8 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
         normal = skull.outward(place)
         comb = torch.stack(
             [
-                side * _style(people, "side") * torch.exp(-2.2 * t * length),
-                -_style(people, "gravity") * (0.15 + (t * length).clamp_max(1.5)) + 0 * side,
+                side * _style(people, "side") * (0.2 + 0.8 * top) * torch.exp(-2.2 * t * length),
+                -_style(people, "gravity") * (0.15 + 0.6 * (1 - top) + (t * length).clamp_max(1.5)) + 0 * side,
                 _style(people, "forward") * ramp(where[:, 2], -1.3, -0.4) - _style(people, "back") * (1.1 - t) + 0 * side,
             ],
             -1,

@@ -15,7 +15,7 @@ from flashtalk_cli.distill.people.spec import BEARDS, GARMENTS, PersonSpec
 
 BROW = ((0.095, 0.165), (0.20, 0.215), (0.32, 0.235), (0.41, 0.205), (0.49, 0.135))
 HAIRLINE = (  # azimuth around the skull from the front, rad -> height of the hairline, dm
-    (0.0, 0.70), (0.35, 0.70), (0.62, 0.60), (0.85, 0.40), (1.05, 0.12), (1.25, -0.16), (1.42, -0.20),
+    (0.0, 0.65), (0.35, 0.65), (0.62, 0.54), (0.85, 0.34), (1.05, 0.12), (1.25, -0.16), (1.42, -0.20),
     (1.50, 0.06), (1.95, 0.06), (2.10, -0.25), (2.4, -0.70), (3.15, -0.95),
 )
 GLOSS_SKIN, GLOSS_LIP, GLOSS_EYE, GLOSS_CLOTH, GLOSS_TEETH = 0.35, 0.6, 1.0, 0.04, 0.5
@@ -175,8 +175,8 @@ def _hairs_on_skin(people: People, colour: Tensor, place: Tensor, lattice: Tenso
     strands = 0.85 + 0.4 * noise(lattice, place + 0.45 * place[:, [1, 0, 2]], (30.0, 60.0, 20.0), 7.0)
     brow = torch.exp(-(((y - spine) / width).abs() ** 2.6)) * ramp(x, 0.07, 0.13) * ramp(x, 0.51, 0.44)
     brow = brow * (place[:, 2] > -0.2).float() * strands.clamp(0, 1)
-    brow_colour = (people.colour("hair") * 0.55 + 0.45 * people.colour("beard_colour")) * 0.75
-    colour = _over(colour, brow_colour, (1.15 * brow * people.column("brow_strength")).clamp(0, 0.96))
+    brow_colour = (people.colour("hair") * 0.5 + 0.5 * people.colour("beard_colour")) * 0.55
+    colour = _over(colour, brow_colour, (1.3 * brow * people.column("brow_strength")).clamp(0, 0.96))
 
     inside = hair_zone(place, people.column("hairline")) + 0.06 * noise(lattice, place, 22.0, 8.0)
     cover = ramp(inside, -0.03, 0.10) * (1 - people.has("hair_style", "bald"))
@@ -225,7 +225,7 @@ def teeth(people: People, along: Tensor, height: Tensor, lattice: Tensor) -> Ten
         inside = (angle >= left) & (angle < right)
         gap = torch.where(inside, torch.minimum(angle - left, right - angle), gap)
         middle = torch.where(inside, ((angle - left) / (right - left) - 0.5).abs() * 2, middle)
-    enamel = linear(torch.tensor([0.86, 0.81, 0.72], device=along.device))
+    enamel = linear(torch.tensor([0.93, 0.87, 0.79], device=along.device))
     tint = 1 + 0.10 * noise(lattice, torch.stack([along, height, along], -1), 5.0, 41.0)
     colour = enamel * (tint * (1 - 0.5 * torch.exp(-((gap / 0.022) ** 2))) * (0.86 + 0.14 * height))[..., None]
     gum = linear(torch.tensor([0.62, 0.33, 0.33], device=along.device))

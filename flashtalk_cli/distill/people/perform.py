@@ -66,7 +66,7 @@ def draw_manner(rng: np.random.Generator) -> Manner:
     return Manner(
         jaw=float(rng.uniform(0.75, 1.25)), lips=float(rng.uniform(0.7, 1.2)), lively=float(rng.uniform(0.3, 1.5)),
         smile=float(max(0.0, rng.normal(0.12, 0.16))), frown=float(max(0.0, rng.normal(-0.05, 0.12))),
-        lopsided=float(rng.normal(0, 0.12)), brows=float(rng.normal(0, 0.12)), squint=float(rng.uniform(0, 0.25)),
+        lopsided=float(rng.normal(0, 0.12)), brows=float(rng.normal(0, 0.12)), squint=float(rng.uniform(0, 0.16)),
         eye_contact=float(rng.random() < 0.8),
     )
 
@@ -214,7 +214,7 @@ def _add_life(
     brow = manner.brows + 0.10 * manner.lively * slow[:, 0] + 0.35 * manner.lively * stress * rng.uniform(0, 1)
     smile = np.clip(manner.smile * (1 + 0.35 * slow[:, 1]), 0, 0.7)
     for name, gain in {"Left": 1 + manner.lopsided, "Right": 1 - manner.lopsided}.items():
-        units[f"eyeBlink{name}"] = np.maximum(shut, 0.05 + 0.10 * manner.squint + 0.35 * np.clip(gaze[:, 1], 0, 1))
+        units[f"eyeBlink{name}"] = np.maximum(shut, 0.01 + 0.10 * manner.squint + 0.35 * np.clip(gaze[:, 1], 0, 1))
         units[f"eyeSquint{name}"] = np.clip(manner.squint * (1 + 0.3 * slow[:, 2]) + 0.3 * smile, 0, 1)
         units[f"eyeWide{name}"] = np.clip(0.6 * (brow - 0.15), 0, 0.5) + 0.6 * np.clip(-gaze[:, 1], 0, 1)
         units[f"browOuterUp{name}"] = np.clip(0.7 * brow, 0, 1)

@@ -7,6 +7,7 @@ frame is then a z-buffer at twice the size, shaded where something is, and avera
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -41,7 +42,7 @@ class Detail:
     def for_height(height_px: int) -> Detail:
         """What a frame of that height can show."""
         if height_px <= 224:
-            return Detail(texture=512, strands=1500, sky_directions=16, shadow_side=128)
+            return Detail(texture=512, strands=1500, sky_directions=14, shadow_side=128)
         if height_px <= 640:
             return Detail(texture=1024, strands=5000, sky_directions=48, shadow_side=256)
         return Detail(texture=2048, strands=9000, sky_directions=96, shadow_side=384)
@@ -98,9 +99,16 @@ def prepare(
     still = torch.cat([figure.colour, torch.stack([figure.light.expand_as(lit), lit, ambient, kind], -1)], -1)
     backdrops = backdrops or [draw_backdrop(spec, height_px, width_px) for spec in specs]
     backdrop = torch.stack(backdrops).to(device)
-    generator = torch.Generator().manual_seed(specs[0].seed % (1 << 62))
-    grain = torch.randn(len(specs), 3, height_px, width_px, generator=generator).to(device)
+    noise = _grain(height_px, width_px, device)
+    rolls = [(spec.seed * 7919 % height_px, spec.seed * 104_729 % width_px) for spec in specs]
+    grain = torch.stack([noise.roll(roll, (1, 2)) for roll in rolls])
     return Scene(people, figure, chart, texture, still, backdrop, grain, height_px, width_px)
+
+
+@lru_cache(maxsize=4)
+def _grain(height_px: int, width_px: int, device: str) -> Tensor:
+    noise = torch.randn(3, height_px, width_px, generator=torch.Generator().manual_seed(1))
+    return noise.to(device)
 
 
 def project(scene: Scene, vertices: Tensor) -> Tensor:

@@ -24,9 +24,12 @@ OPPOSITES = {
 }
 FACE_SHAPES = ("diamond", "invertedtriangular", "oval", "rectangular", "round", "square", "triangular")
 LOCAL_SPREAD = {  # how far a feature strays, as a standard deviation; by the beginning of its name
-    "head-scale": 0.3, "head-fat": 0.35, "head-age": 0.3, "head-angle": 0.3, "head-back": 0.4,
-    "neck": 0.35, "mouth-scale": 0.35, "mouth": 0.4, "nose": 0.45, "eyebrows": 0.4, "cheek": 0.4,
-    "eye-scale": 0.3, "eye-bag": 0.4, "eye": 0.4, "forehead": 0.35, "chin": 0.4, "ear": 0.4, "measure": 0.3,
+    "head-scale": 0.25, "head-fat": 0.35, "head-age": 0.3, "head-angle": 0.25, "head-back": 0.4,
+    "neck": 0.35, "mouth-scale": 0.3, "mouth": 0.35, "nose": 0.36, "eyebrows": 0.4, "cheek": 0.4,
+    "eye-scale": 0.25, "eye-bag": 0.35, "eye": 0.35, "forehead": 0.35, "chin": 0.35, "ear": 0.4, "measure": 0.3,
+}
+LOCAL_MEAN = {  # where the source's average looks unlike a photograph
+    "eye-scale-incr": 0.18, "eye-height2-incr": 0.15, "nose-volume-incr": -0.2, "nose-scale-horiz-incr": -0.1, "head-scale-horiz-incr": -0.15,
 }
 SKIN_TONES: tuple[Colour, ...] = tuple(
     (r / 255, g / 255, b / 255)
@@ -171,7 +174,8 @@ def _shape(rng: np.random.Generator, female: float, age: float) -> tuple[tuple[s
     found = _macro_targets(rng, female, age)
     caricature = rng.uniform(0.4, 0.9)
     for name, other in feature_pairs():
-        amount = float(np.clip(rng.normal(0, _spread(name)) * caricature, -0.9, 0.9))
+        amount = rng.normal(0, _spread(name)) * caricature + LOCAL_MEAN.get(name.removeprefix("l-"), 0.0)
+        amount = float(np.clip(amount, -0.9, 0.9))
         chosen = name if amount > 0 else other
         if chosen is None or abs(amount) < 0.04:
             continue
