@@ -3,6 +3,8 @@
 A preset is named (`mini`: a file of `presets/`, which travels inside the wheel) or given by
 its path. An override is a dotted path and a value: `--set sampling.steps=2`. Everything wrong
 is a `ConfigError` of one line: where it stands, what was given, what would be accepted.
+
+What a preset is depends on its `Kind`: those for rendering unless another is named.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -35,29 +37,44 @@ class Override:
     origin: str  # --set, --steps, ...
 
 
-def names() -> list[str]:
-    """Names of the presets that came with the program, sorted."""
-    return sorted(path.name.rsplit(".", 1)[0] for path in _folder().iterdir() if path.name.endswith(SUFFIXES))
+Loaded = TypeVar("Loaded", bound=BaseModel)
 
 
-def load(name: str, overrides: Sequence[Override] = ()) -> Preset:
+@dataclass(frozen=True)
+class Kind(Generic[Loaded]):
+    """A kind of preset: the class that says what it holds, and the folder under `presets/` where they lie."""
+
+    schema: type[Loaded]
+    folder: str = ""
+
+
+RENDER: Kind[Preset] = Kind(Preset)
+
+
+def names(kind: Kind[Any] = RENDER) -> list[str]:
+    """Names of the presets of a kind that came with the program, sorted."""
+    files = (path.name for path in _folder(kind).iterdir())
+    return sorted(name.rsplit(".", 1)[0] for name in files if name.endswith(SUFFIXES))
+
+
+def load(name: str, overrides: Sequence[Override] = (), kind: Kind[Loaded] = RENDER) -> Loaded:  # type: ignore[assignment]
     """The preset of that name or in that file, with the overrides applied in order.
 
     Raises `ConfigError` for an unknown preset, an unreadable file, an unknown key or a wrong value.
     """
-    label, text = _read(name)
-    data = _parse(text, label)
+    label, text = _read(name, kind)
+    data = _parse(text, label, kind.schema)
     origins = {}
     for override in overrides:
-        _put(data, override)
+        _put(data, override, kind.schema)
         origins[override.path] = override.origin
     try:
-        return Preset.model_validate(data)
+        return kind.schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, data, label, origins)) from None
+        raise ConfigError(_explain(error, kind.schema, label, origins)) from None
 
 
-def parse_set(text: str) -> Override:
+def parse_set(text: str, kind: Kind[Any] = RENDER) -> Override:
     """`a.b=c` as an override. The value is read as YAML; a key that takes text takes it as it stands.
 
     So `--set sampling.prompt="Look: left"` and `--set canvas.background=#ffffff` need no second quoting.
@@ -66,7 +83,7 @@ def parse_set(text: str) -> Override:
     path = path.strip()
     if not equals or not path:
         raise ConfigError(f"--set {_shown(text)}: expected KEY=VALUE, such as sampling.steps=2")
-    kinds = _kinds(_find(path, "--set").annotation)
+    kinds = _kinds(_find(path, "--set", kind.schema).annotation)
     try:
         value = yaml.load(raw, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -78,39 +95,41 @@ def parse_set(text: str) -> Override:
     return Override(path, value, "--set")
 
 
-def dump(preset: Preset) -> str:
+def dump(preset: BaseModel) -> str:
     """The preset as YAML, every value written out: `load` of it gives the same preset."""
     return yaml.dump(
         preset.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
     )
 
 
-def dotted_keys() -> list[str]:
+def dotted_keys(kind: Kind[Any] = RENDER) -> list[str]:
     """Every dotted key that an override may name."""
-    return list(_leaves(Preset, ""))
+    return list(_leaves(kind.schema, ""))
 
 
 # Reading
 
 
-def _folder() -> Any:
+def _folder(kind: Kind[Any]) -> Any:
     """Where the packaged presets lie: in the wheel, or next to the package in a source tree."""
     package = resources.files("flashtalk_cli")
     inside = package / "presets_data"
-    return inside if inside.is_dir() else Path(str(package)).parent / "presets"
+    folder = inside if inside.is_dir() else Path(str(package)).parent / "presets"
+    return folder / kind.folder if kind.folder else folder
 
 
-def _read(name: str) -> tuple[str, str]:
+def _read(name: str, kind: Kind[Any]) -> tuple[str, str]:
     """(what messages call it, its text)."""
     if name.endswith(SUFFIXES) or "/" in name:
         source, label = Path(name), name
     else:
-        if name not in names():
-            hint = _did_you_mean(name, names())
+        known = names(kind)
+        if name not in known:
+            hint = _did_you_mean(name, known)
             raise ConfigError(
-                f"no preset named {_shown(name)}{hint}; there are {', '.join(names())}, or give a .yaml file"
+                f"no preset named {_shown(name)}{hint}; there are {', '.join(known)}, or give a .yaml file"
             )
-        source, label = _folder() / f"{name}.yaml", f"preset {name}"
+        source, label = _folder(kind) / f"{name}.yaml", f"preset {name}"
     try:
         return label, source.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -121,13 +140,13 @@ def _read(name: str) -> tuple[str, str]:
         raise ConfigError(f"{label}: cannot be read ({error.strerror})") from None
 
 
-def _parse(text: str, label: str) -> dict[str, Any]:
+def _parse(text: str, label: str, schema: type[BaseModel]) -> dict[str, Any]:
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{label}: not valid YAML ({_reason(error)})") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{label}: a preset is keys and values ({_choices(Preset)}), not {_shown(data)}")
+        raise ConfigError(f"{label}: a preset is keys and values ({_choices(schema)}), not {_shown(data)}")
     return data
 
 
@@ -158,9 +177,9 @@ for _yaml_class in (_Loader, _Dumper):
 # Overriding
 
 
-def _put(data: dict[str, Any], override: Override) -> None:
+def _put(data: dict[str, Any], override: Override, schema: type[BaseModel]) -> None:
     """Write the override's value into the raw data of a preset, in place."""
-    _find(override.path, override.origin)
+    _find(override.path, override.origin, schema)
     *sections, key = override.path.split(".")
     for depth, section in enumerate(sections):
         inner = data.setdefault(section, {})
@@ -172,9 +191,9 @@ def _put(data: dict[str, Any], override: Override) -> None:
     data[key] = override.value
 
 
-def _find(path: str, origin: str) -> FieldInfo:
+def _find(path: str, origin: str, schema: type[BaseModel]) -> FieldInfo:
     """The field at that dotted path; `ConfigError` when there is none or it is a whole section."""
-    model: type[BaseModel] = Preset
+    model = schema
     walked: list[str] = []
     for key in path.split("."):
         if key not in model.model_fields:
@@ -210,18 +229,18 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 # Explaining
 
 
-def _explain(error: ValidationError, data: Mapping[str, Any], label: str, origins: Mapping[str, str]) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel], label: str, origins: Mapping[str, str]) -> str:
     """One line for the first thing that is wrong, and how many more there are."""
     first, *more = error.errors()
     path = ".".join(str(part) for part in first["loc"])
     where = next((origin for key, origin in origins.items() if (key + ".").startswith(path + ".")), label)
     rest = f" (and {len(more)} more)" if more else ""
-    return f"{where}: {_complaint(path, first)}{rest}"
+    return f"{where}: {_complaint(path, first, schema)}{rest}"
 
 
-def _complaint(path: str, detail: Any) -> str:
+def _complaint(path: str, detail: Any, schema: type[BaseModel]) -> str:
     *sections, key = path.split(".")
-    model: type[BaseModel] = Preset
+    model = schema
     for section in sections:
         if section not in model.model_fields:
             break

@@ -79,12 +79,17 @@ def fold_weight_norm(module: nn.Module) -> None:
 
 
 def features(module: Any, samples: Tensor, n_frames: int) -> Tensor:
-    """Outputs of every block at each of `n_frames` frames, of samples [1, N]: [n_frames, layers, dim].
+    """`features_of` for samples [1, N]: [n_frames, layers, dim]."""
+    return features_of(module, samples, n_frames)[0]
 
-    The samples are taken as they are; `SpeechEncoder.encode` normalises them first. Frame 0 is the
+
+def features_of(module: Any, samples: Tensor, n_frames: int) -> Tensor:
+    """Outputs of every block at each of `n_frames` frames, of samples [B, N]: [B, n_frames, layers, dim].
+
+    The samples are taken as they are; `SpeechEncoder` normalises them first. Frame 0 is the
     first sample's and the last frame the last one's (align_corners).
     """
-    heard = module.feature_extractor(samples)  # [1, channels, about N / 320]
+    heard = module.feature_extractor(samples)  # [B, channels, about N / 320]
     at_frames = F.interpolate(heard, size=n_frames, mode="linear", align_corners=True)
     x, _ = module.feature_projection(rearrange(at_frames, "b c t -> b t c"))
     x = module.encoder.layer_norm(x + module.encoder.pos_conv_embed(x))
@@ -93,7 +98,7 @@ def features(module: Any, samples: Tensor, n_frames: int) -> Tensor:
         x = block(x)
         x = x[0] if isinstance(x, tuple) else x  # a tuple in transformers 4
         outputs.append(x)
-    return rearrange(torch.cat(outputs), "layer frame dim -> frame layer dim")
+    return torch.stack(outputs, dim=2)
 
 
 class SpeechEncoder:
@@ -110,8 +115,13 @@ class SpeechEncoder:
         the network's number format.
         """
         assert samples.ndim == 1, samples.shape
-        assert samples.shape[0] >= MIN_SAMPLES, samples.shape
+        return self.encode_each(samples[None], n_frames)[0]
+
+    @torch.no_grad()
+    def encode_each(self, samples: Tensor, n_frames: int) -> Tensor:
+        """`encode` for B sounds of one length: float32 [B, N] to [B, n_frames, layers, dim]."""
+        assert samples.shape[1] >= MIN_SAMPLES, samples.shape
         weight = next(self.module.parameters())
         x = samples.to(weight.device, torch.float32)
-        x = (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-7)
-        return features(self.module, x[None].to(weight.dtype), n_frames)
+        x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, correction=0, keepdim=True) + 1e-7)
+        return features_of(self.module, x.to(weight.dtype), n_frames)

@@ -37,12 +37,16 @@ def count(n_frames: int, sampling: Sampling) -> int:
 
 def heard_by(index: int, sampling: Sampling, hearing: Hearing) -> Heard:
     """The samples and feature rows of chunk `index`."""
+    return heard_from((index + 1) * sampling.new_frames - sampling.chunk_frames, sampling, hearing)
+
+
+def heard_from(start_frame: int, sampling: Sampling, hearing: Hearing) -> Heard:
+    """The samples and feature rows of a chunk whose first (motion) frame is `start_frame`."""
     lookahead_frames = round(hearing.lookahead_s * sampling.fps)
     n_frames = round(hearing.context_s * sampling.fps)
     if n_frames < sampling.chunk_frames + lookahead_frames:
         raise ValueError(f"a context of {n_frames} frames is shorter than a chunk and its look-ahead")
-    last_frame = (index + 1) * sampling.new_frames
-    stop_frame = last_frame + lookahead_frames
+    stop_frame = start_frame + sampling.chunk_frames + lookahead_frames
     return Heard(
         start_sample=(stop_frame - n_frames) * sampling.samples_per_frame,
         stop_sample=stop_frame * sampling.samples_per_frame,
