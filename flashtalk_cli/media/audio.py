@@ -22,15 +22,15 @@ import numpy as np
 
 from flashtalk_cli.config import SAMPLE_RATE_HZ, Speech
 from flashtalk_cli.errors import InputError, OutputError
-from flashtalk_cli.media.ffmpeg import MONO_OR_STEREO, Reading, cause, file_input, run
+from flashtalk_cli.media.ffmpeg import MONO_OR_STEREO, cause, file_input, run
 from flashtalk_cli.media.files import check_file, shown
 from flashtalk_cli.media.loudness import LoudnessMeter
+from flashtalk_cli.media.pcm import BYTES_PER_SAMPLE, SoundReading
 
 log = logging.getLogger(__name__)
 
 WANTED = "a sound file such as WAV, FLAC, MP3, OGG or M4A"
 BLOCK_FRAMES = 65536
-BYTES_PER_SAMPLE = 4
 
 # What ffmpeg says, among much else, when a file ends before its own header's word.
 CUT_SHORT = re.compile(r"partial file|ended prematurely|moov atom not found|truncated", re.IGNORECASE)
@@ -104,28 +104,34 @@ def _append(file: IO[bytes], piece: np.ndarray, samples_path: Path) -> None:
 
 def _resampled(path: Path, sound: Sound) -> Iterator[np.ndarray]:
     """Mono float32 pieces at 16 kHz; together round(frames / rate * 16000) samples, at least one."""
-    import soxr
-
-    try:
-        resampler = soxr.ResampleStream(sound.rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{shown(path)}: a rate of {sound.rate_hz} Hz cannot be used ({error})") from None
+    resampler = None
     n_in = n_out = 0
     for block in sound.blocks:
         mono = np.ascontiguousarray(block.T).mean(axis=0)  # five times as fast as over the short axis
         _check_finite(path, mono, n_in, sound.rate_hz)
         n_in += len(mono)
-        piece = mono if sound.rate_hz == SAMPLE_RATE_HZ else resampler.resample_chunk(mono)
-        n_out += len(piece)
-        yield piece
+        if sound.rate_hz != SAMPLE_RATE_HZ:
+            resampler = resampler or _resampler(path, sound.rate_hz)
+            mono = resampler.resample_chunk(mono)
+        n_out += len(mono)
+        yield mono
     if n_in == 0:
         raise InputError(f"{shown(path)}: holds no samples (0.0 s); give {WANTED}")
     total = max(1, (2 * n_in * SAMPLE_RATE_HZ + sound.rate_hz) // (2 * sound.rate_hz))
     tail = np.zeros(total - n_out, np.float32)
-    if sound.rate_hz != SAMPLE_RATE_HZ:
+    if resampler is not None:
         held_back = resampler.resample_chunk(np.zeros(0, np.float32), last=True)[: len(tail)]
         tail[: len(held_back)] = held_back
     yield tail
+
+
+def _resampler(path: Path, rate_hz: int) -> Any:
+    import soxr
+
+    try:
+        return soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1, dtype="float32", quality="HQ")
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{shown(path)}: a rate of {rate_hz} Hz cannot be used ({error})") from None
 
 
 def _check_finite(path: Path, mono: np.ndarray, n_before: int, rate_hz: int) -> None:
@@ -148,8 +154,8 @@ def _open_sound(path: Path) -> Iterator[Sound]:
             _check_ffmpeg_reads(path)
             yield Sound(file.samplerate, _soundfile_blocks(path, file))
             return
-        source = file_input(path, vn=None).output("-", format="au", map="0:a:0", **{"c:a": "pcm_f32be"})
-        yield _ffmpeg_sound(path, stack.enter_context(Reading(source)))
+        reading = stack.enter_context(SoundReading(path))
+        yield Sound(reading.rate_hz, _ffmpeg_blocks(path, reading))
 
 
 def _soundfile(path: Path, stack: ExitStack) -> Any:
@@ -230,25 +236,12 @@ def _check_ffmpeg_reads(path: Path) -> None:
         )
 
 
-def _ffmpeg_sound(path: Path, reading: Reading) -> Sound:
-    """Parse the header of the AU stream that ffmpeg writes: six big-endian words, then float32 samples."""
-    header = reading.stdout.read(24)
-    if len(header) < 24:
-        _raise_for_ffmpeg(path, *reading.outcome(), 0.0)
-        raise InputError(f"{shown(path)}: holds no samples (0.0 s); give {WANTED}")
-    _magic, start, _size, _encoding, rate_hz, n_channels = struct.unpack(">6I", header)
-    reading.stdout.read(start - len(header))
-    return Sound(rate_hz, _ffmpeg_blocks(path, reading, rate_hz, n_channels))
-
-
-def _ffmpeg_blocks(path: Path, reading: Reading, rate_hz: int, n_channels: int) -> Iterator[np.ndarray]:
+def _ffmpeg_blocks(path: Path, reading: SoundReading) -> Iterator[np.ndarray]:
     n_read = 0
-    frame_bytes = BYTES_PER_SAMPLE * n_channels
-    while data := reading.stdout.read(BLOCK_FRAMES * frame_bytes):
-        block = np.frombuffer(data, ">f4", count=len(data) // frame_bytes * n_channels)
-        n_read += len(block) // n_channels
-        yield block.reshape(-1, n_channels).astype(np.float32)
-    _raise_for_ffmpeg(path, *reading.outcome(), n_read / rate_hz)
+    while reading.rate_hz and len(block := reading.samples(BLOCK_FRAMES)):
+        n_read += len(block)
+        yield block.astype(np.float32)
+    _raise_for_ffmpeg(path, *reading.outcome(), n_read / max(1, reading.rate_hz))
 
 
 def _raise_for_ffmpeg(path: Path, status: int, lines: list[str], seconds: float) -> None:

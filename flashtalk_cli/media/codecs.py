@@ -30,15 +30,17 @@ class Container:
 # only then are the encoders' delays known, and picture and sound start together.
 _MP4: dict[str, Any] = {"movflags": "+frag_keyframe+delay_moov+default_base_moof"}
 # A short cluster bounds what lies unwritten in memory.
-_MATROSKA: dict[str, Any] = {"cluster_time_limit": GROUP_S * 1000}
+_WEBM: dict[str, Any] = {"cluster_time_limit": GROUP_S * 1000}
+# AAC's encoder delay lies before 0 here, or older ffmpegs would start the picture that much late.
+_MKV: dict[str, Any] = {**_WEBM, "avoid_negative_ts": "disabled"}
 _AAC: dict[str, Any] = {"c:a": "aac", "b:a": "160k"}
 _OPUS: dict[str, Any] = {"c:a": "libopus", "b:a": "128k"}
 
 CONTAINERS = {
     ".mp4": Container("mp4", _MP4, _AAC, ("libx264", "h264_nvenc"), remuxed=True),
     ".mov": Container("mov", _MP4, _AAC, ("libx264", "h264_nvenc"), remuxed=True),
-    ".mkv": Container("matroska", _MATROSKA, _AAC, ("libx264", "h264_nvenc", "libvpx-vp9"), remuxed=False),
-    ".webm": Container("webm", _MATROSKA, _OPUS, ("libvpx-vp9", "libsvtav1"), remuxed=False),
+    ".mkv": Container("matroska", _MKV, _AAC, ("libx264", "h264_nvenc", "libvpx-vp9"), remuxed=False),
+    ".webm": Container("webm", _WEBM, _OPUS, ("libvpx-vp9", "libsvtav1"), remuxed=False),
 }
 
 

@@ -1,9 +1,9 @@
-"""A running ffmpeg that is fed frames, and that nothing it does can make us wait for ever.
+"""A running ffmpeg that is fed frames and sound, and that cannot make us wait for ever.
 
-Three parties, so that none waits for another: a thread hands frames to ffmpeg's stdin (the
-caller goes on rendering while the encoder works), a thread drains its stderr (a full pipe would
-stop it), and ffmpeg lives in a session of its own (the terminal's Ctrl-C ends us, and we end
-ffmpeg, after it wrote its last frames).
+Several parties, so that none waits for another: a thread hands frames to ffmpeg's stdin (the
+caller goes on rendering while the encoder works), one hands it the sound, one drains its
+stderr (a full pipe would stop it), and ffmpeg lives in a session of its own (the terminal's
+Ctrl-C ends us, and we end ffmpeg, after it wrote its last frames).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import numpy as np
 
 from flashtalk_cli.media.ffmpeg import cause
+from flashtalk_cli.media.soundtrack import Soundtrack
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +28,18 @@ DYING_S = 5.0  # from a broken pipe to the end of the process
 
 
 class FfmpegFeed:
-    """ffmpeg with a stdin that takes uint8 arrays, in order.
+    """ffmpeg with a stdin that takes uint8 arrays [T, ...] of frames, in order.
 
-    `stdout` is a file descriptor for what ffmpeg writes there; `inherit` are descriptors that stay
-    open in it (a lock lives as long as either process).
+    `stdout` is a file descriptor for what ffmpeg writes there; `inherit` are descriptors that stay open in
+    it (a lock lives as long as either process). The soundtrack, if any, is kept in step and closed.
     """
 
     def __init__(
-        self, command: list[str], stdout: int = subprocess.DEVNULL, inherit: tuple[int, ...] = ()
+        self,
+        command: list[str],
+        stdout: int = subprocess.DEVNULL,
+        inherit: tuple[int, ...] = (),
+        soundtrack: Soundtrack | None = None,
     ) -> None:
         self._process = subprocess.Popen(
             command,
@@ -42,10 +47,14 @@ class FfmpegFeed:
             stdout=stdout,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            pass_fds=inherit,
+            pass_fds=inherit if soundtrack is None else (*inherit, soundtrack.read_end),
         )
+        self._soundtrack = soundtrack
+        if soundtrack is not None:
+            soundtrack.start()
         self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUED_PIECES)
+        self._queued_frames = self._taken_frames = 0
         self._input_ended = False
         self._broken = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="ffmpeg-stdin", daemon=True)
@@ -75,6 +84,8 @@ class FfmpegFeed:
         if self.broken():
             return False
         self._queue.put(np.ascontiguousarray(piece))
+        self._queued_frames += len(piece)
+        self._let_sound_follow()
         return True
 
     def end(self, limit_s: float | None = None) -> int | None:
@@ -91,6 +102,8 @@ class FfmpegFeed:
             return None
         self._feeder.join(DYING_S)
         self._drainer.join(DYING_S)
+        if self._soundtrack is not None:
+            self._soundtrack.close()
         return status
 
     def kill(self) -> None:
@@ -111,13 +124,29 @@ class FfmpegFeed:
         assert self._process.stdin is not None
         with self._process.stdin as stdin:
             while (piece := self._queue.get()) is not None:
-                if self._broken.is_set():
-                    continue  # keep taking, or the caller would wait at a full queue
-                try:
-                    _write_all(stdin.fileno(), memoryview(piece.data).cast("B"))
-                except OSError as error:
-                    log.debug("ffmpeg takes no more frames: %s", error)
-                    self._broken.set()
+                for frame in piece:
+                    if self._broken.is_set():
+                        break  # and keep taking pieces, or the caller would wait at a full queue
+                    self._hand_over(stdin.fileno(), frame)
+        if self._soundtrack is not None:
+            self._soundtrack.end()
+
+    def _hand_over(self, descriptor: int, frame: np.ndarray) -> None:
+        try:
+            rest = memoryview(frame.data).cast("B")
+            while len(rest):
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            log.debug("ffmpeg takes no more frames: %s", error)
+            self._broken.set()
+        self._taken_frames += 1
+        self._let_sound_follow()
+
+    def _let_sound_follow(self) -> None:
+        """The sound may go ahead of the frames that ffmpeg took, but not beyond those that there are."""
+        if self._soundtrack is not None:
+            ahead = self._taken_frames + self._soundtrack.lead_frames
+            self._soundtrack.allow(min(self._queued_frames, ahead))
 
     def _drain(self) -> None:
         assert self._process.stderr is not None
@@ -126,8 +155,3 @@ class FfmpegFeed:
                 text = line.decode(errors="replace").rstrip()
                 log.debug("ffmpeg: %s", text)
                 self._lines.append(text)
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while len(data):
-        data = data[os.write(descriptor, data) :]

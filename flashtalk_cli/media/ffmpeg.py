@@ -7,6 +7,7 @@ begins with a dash, or holds a colon) and keep a playlist from reaching for the 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import logging
 import re
@@ -15,9 +16,10 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import ffmpeg
 
@@ -113,6 +115,9 @@ def run(stream: Any, data: bytes = b"") -> tuple[int, list[str]]:
     return ended.returncode, ended.stderr.decode(errors="replace").splitlines()
 
 
+R = TypeVar("R", bound="Reading")
+
+
 class Reading:
     """ffmpeg writing to a pipe that we read; stderr goes to a file, so neither side can wait for the other.
 
@@ -141,16 +146,27 @@ class Reading:
         self._errors.seek(0)
         return status, self._errors.read().decode(errors="replace").splitlines()
 
-    def __enter__(self) -> Reading:
+    def close(self) -> None:
+        """End ffmpeg and let go of its pipe; harmless when done twice."""
+        self._process.kill()
+        self._process.wait()
+        self.stdout.close()
+        self._errors.close()
+
+    def __enter__(self: R) -> R:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self.stdout.close()
-        self._errors.close()
+        self.close()
+
+
+def widen(pipe: int) -> None:
+    """Let a pipe hold 1 MiB, where the system lets us: what lies in it outlives a killed writer."""
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        with suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
 
 
 def cause(status: int, lines: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ muxer writes one line for every decoded frame, with times, for programs to read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from flashtalk_cli.media.files import check_file, shown
 
 @dataclass
 class StreamProbe:
-    """One stream. Times are in seconds on the file's own clock."""
+    """One stream. Times are in seconds on the file's own clock: the start of the first picture or
+    decoded sample, and the end that the file gives the last packet (of whose samples some may be padding).
+    """
 
     kind: str = "?"  # video or audio
     codec: str = "?"
@@ -30,7 +32,6 @@ class StreamProbe:
     start_s: float = 0.0
     end_s: float = 0.0
     time_base: Fraction = Fraction(1)
-    checksums: list[str] = field(default_factory=list, repr=False)  # of each decoded frame, if asked for
 
     @property
     def duration_s(self) -> float:
@@ -56,22 +57,24 @@ class Probe:
         return next((stream for stream in self.streams if stream.kind == "audio"), None)
 
 
-def probe(path: Path, checksums: bool = False) -> Probe:
+def probe(path: Path) -> Probe:
     """Decode the whole file and say what came out; `InputError` when it does not decode.
 
-    Costs as much time as decoding; memory does not grow with the file unless `checksums` are kept.
+    Costs as much time as decoding; memory does not grow with the file.
     """
     check_file(path, "a media file")
-    decoded = _list_frames(path, checksums)
-    for stream, packed in zip(decoded, _list_frames(path, False, c="copy", t=1), strict=False):
-        stream.codec = packed.codec
+    decoded = _list_frames(path)
+    for stream, packets in zip(decoded, _list_frames(path, c="copy"), strict=True):
+        stream.codec, stream.end_s = packets.codec, packets.end_s
+        if stream.kind == "video":  # decoded frames have their times rounded to the frame rate
+            stream.start_s = packets.start_s
     with Reading(file_input(path).output("-", format="ffmetadata")) as reading:
         text = reading.stdout.read().decode(errors="replace")
     tags = dict(line.split("=", 1) for line in text.splitlines() if "=" in line and line[0] not in ";#[")
     return Probe(decoded, {key.lower(): value.replace("\\", "") for key, value in tags.items()})
 
 
-def _list_frames(path: Path, checksums: bool, **options: Any) -> list[StreamProbe]:
+def _list_frames(path: Path, **options: Any) -> list[StreamProbe]:
     """Streams of ffmpeg's framecrc listing. Header lines are `#key stream: value`, the others
     `stream, dts, pts, duration, size, checksum` in the stream's time base.
     """
@@ -89,7 +92,7 @@ def _list_frames(path: Path, checksums: bool, **options: Any) -> list[StreamProb
                 continue
             words = [word.strip() for word in line.split(",")]
             if len(words) >= 6:
-                _count(streams[int(words[0])], int(words[2]), int(words[3]), words[5] if checksums else None)
+                _count(streams[int(words[0])], int(words[2]), int(words[3]))
         status, lines = reading.outcome()
     if status != 0 or not streams:
         raise InputError(f"{shown(path)}: cannot be decoded ({cause(status, lines)})")
@@ -111,10 +114,8 @@ def _describe(stream: StreamProbe, name: str, value: str) -> None:
         stream.layout = value
 
 
-def _count(stream: StreamProbe, start: int, duration: int, checksum: str | None) -> None:
+def _count(stream: StreamProbe, start: int, duration: int) -> None:
     start_s = float(start * stream.time_base)
     stream.start_s = min(stream.start_s, start_s) if stream.n_frames else start_s
     stream.end_s = max(stream.end_s, float((start + duration) * stream.time_base))
     stream.n_frames += 1
-    if checksum is not None:
-        stream.checksums.append(checksum)

@@ -2,9 +2,7 @@
 
 While it is written it is `NAME.part`: fragmented MP4 or Matroska, playable up to the last
 fragment even when everything is killed. At the end MP4 and MOV are copied, not encoded again,
-into a form with the index in front, and only then does the file get its name. ffmpeg ends the
-sound where the frames end (endless silence after it, and `-shortest`), so an interrupted
-video is cut to one length by the same command line that writes a whole one.
+into a form with the index in front, and only then does the file get its name.
 """
 
 from __future__ import annotations
@@ -22,9 +20,10 @@ from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.codecs import GROUP_S, Container, VideoCodec, container_of, pick_video_codec
 from flashtalk_cli.media.feed import FfmpegFeed
-from flashtalk_cli.media.ffmpeg import MONO_OR_STEREO, cause, command, file_input, run
+from flashtalk_cli.media.ffmpeg import cause, command, file_input, run
 from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.part_file import PartFile, check_writable
+from flashtalk_cli.media.soundtrack import Soundtrack
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +73,8 @@ class VideoFile:
 
     `output` None writes a fragmented MP4 to the descriptor `stdout`. `audio` is any file with sound, kept
     at its own rate, mono or stereo; it is cut, or filled with silence, to the length of the frames.
-    `comment` becomes the file's comment. Raises `OutputError`, from the constructor too. Leaving the
-    context without `finish` is `abort`.
+    `comment` becomes the file's comment. Raises `OutputError`, from the constructor too, and `InputError`
+    for an `audio` without sound. Leaving the context without `finish` is `abort`.
     """
 
     def __init__(
@@ -95,26 +94,36 @@ class VideoFile:
         self._container, codec = check_output(output, encoding, width_px, height_px, overwrite)
         self._output = output
         self._frame_shape = (height_px, width_px, 3)
+        self._fps = fps
         self._n_frames = n_frames
         self.frames_written = 0
-        frames = ffmpeg.input(
-            "pipe:0", format="rawvideo", pix_fmt="rgb24", s=f"{width_px}x{height_px}", r=fps
-        )
-        streams = [frames["v:0"]]
         options: dict[str, Any] = {"vf": TO_YUV, "g": fps * GROUP_S, **COLOUR}
         options |= codec.options(encoding.crf, _suffix(output))
-        options |= {"map_metadata": -1, "map_chapters": -1, "metadata": f"comment={comment}"}
+        options |= {"map_metadata": -1, "metadata": f"comment={comment}"}
         options |= {"format": self._container.muxer, "flush_packets": 1, **self._container.writing}
-        if audio is not None:
-            streams.append(file_input(audio)["a:0"])
-            options |= {**_sound_filter(n_frames, fps), "shortest": None, **self._container.sound}
         self._part = None if output is None else PartFile(output, overwrite)
+        try:
+            self._feed: FfmpegFeed | None = self._start(options, audio, stdout)
+        except BaseException:
+            self._feed = None
+            self.abort()
+            raise
+
+    def _start(self, options: dict[str, Any], audio: Path | None, stdout: int) -> FfmpegFeed:
+        height_px, width_px, _ = self._frame_shape
+        size = f"{width_px}x{height_px}"
+        streams = [ffmpeg.input("pipe:0", format="rawvideo", pix_fmt="rgb24", s=size, r=self._fps)["v:0"]]
+        soundtrack = None
+        if audio is not None:
+            soundtrack = Soundtrack(audio, self._fps)
+            # Its header says all there is to know; looking further would wait for sound that waits for frames.
+            sound = ffmpeg.input(f"pipe:{soundtrack.read_end}", format="au", probesize=32, analyzeduration=0)
+            streams.append(sound["a:0"])
+            options = options | self._container.sound
         if self._part is None:
-            writing = command(ffmpeg.output(*streams, "pipe:1", **options))
-            self._feed: FfmpegFeed | None = FfmpegFeed(writing, stdout=stdout)
-        else:
-            writing = command(ffmpeg.output(*streams, f"file:{self._part.path}", **options))
-            self._feed = FfmpegFeed(writing, stdout=subprocess.DEVNULL, inherit=(self._part.descriptor,))
+            return FfmpegFeed(command(ffmpeg.output(*streams, "pipe:1", **options)), stdout, (), soundtrack)
+        writing = command(ffmpeg.output(*streams, f"file:{self._part.path}", **options))
+        return FfmpegFeed(writing, subprocess.DEVNULL, (self._part.descriptor,), soundtrack)
 
     @property
     def pid(self) -> int | None:
@@ -147,7 +156,7 @@ class VideoFile:
         if not self._container.remuxed:
             self._part.publish(self._part.path)
             return self._output
-        whole = _with_index_in_front(self._part.path, self._container)
+        whole = _with_index_in_front(self._part.path, self._container, self._n_frames / self._fps)
         try:
             self._part.publish(whole)
         finally:
@@ -202,25 +211,17 @@ def _suffix(output: Path | None) -> str:
     return STDOUT_SUFFIX if output is None else output.suffix.lower()
 
 
-def _sound_filter(n_frames: int, fps: int) -> dict[str, Any]:
-    """The sound from its first sample on, then silence, to just beyond the last frame.
-
-    Samples count from 0 as they do for the speech encoder, whatever the file's own clock says. The half
-    frame keeps the video the shorter of the two, so that the end of the sound never costs a frame.
-    """
-    end_s = (n_frames + 0.5) / fps
-    return {"af": f"asetpts=N/SR/TB,{MONO_OR_STEREO},apad,atrim=end={end_s:.6f}"}
-
-
-def _with_index_in_front(part: Path, container: Container) -> Path:
+def _with_index_in_front(part: Path, container: Container, duration_s: float) -> Path:
     """Copy the streams into a plain file that starts to play before it is read whole, beside the part.
 
-    When that fails, for example for want of space, the part itself will do: it is whole and plays.
+    When that fails, for example for want of space, the part itself will do: it is whole and plays. The last
+    packet of sound, up to 64 ms of which is padding, is said to end with the frames, as newer encoders say.
     """
     whole = part.with_name(part.name + ".index")
     # The encoder's delay makes sound start before 0; these two keep it there instead of moving the picture.
     source = file_input(part, copyts=None)
     options: dict[str, Any] = {"c": "copy", "movflags": "+faststart", "avoid_negative_ts": "disabled"}
+    options["bsf:a"] = f"setts=duration=min(DURATION\\,max(1\\,{duration_s:.6f}/TB-PTS))"
     try:
         status, lines = run(source.output(f"file:{whole}", format=container.muxer, map=0, **options))
         if status == 0:
