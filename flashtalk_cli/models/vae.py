@@ -9,7 +9,9 @@ that one call gives to the next is a plain value; a whole video is one piece, on
     for latent in latents.split(1, dim=2):
         frames, state = vae.decode(latent, state)
 
-The first frame of a stream stands for itself; every later latent frame stands for four.
+The first frame of a stream stands for itself; every later latent frame stands for four. Latents go
+through the network one at a time unless told otherwise: then results do not depend on how a stream was
+split, not in a single bit, memory does not grow with length, and on a CPU activations stay in its cache.
 
 Parameter names and shapes are those of the released `Wan2.1_VAE.pth`.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,9 +31,10 @@ from torch import Tensor, nn
 from flashtalk_cli.models.vae_blocks import (
     Attention,
     CausalConv,
-    Conv,
     Downsample,
     Past,
+    PixelConv,
+    Pointwise,
     ResidualBlock,
     RmsNorm,
     Upsample,
@@ -38,6 +42,7 @@ from flashtalk_cli.models.vae_blocks import (
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 
 FRAMES_PER_LATENT = 4
+STRIDE_PX = 8
 
 # Statistics of the released VAE's latents, by channel: what the diffusion model sees is normalised.
 LATENT_MEAN = (
@@ -80,17 +85,20 @@ class Vae(nn.Module):
         )
         self.params = params
         self.encoder = Encoder(params)
-        self.conv1 = Conv(2 * params.z_dim, 2 * params.z_dim, (1, 1, 1))
-        self.conv2 = Conv(params.z_dim, params.z_dim, (1, 1, 1))
+        self.conv1 = Pointwise(2 * params.z_dim, 2 * params.z_dim, (1, 1, 1))
+        self.conv2 = Pointwise(params.z_dim, params.z_dim, (1, 1, 1))
         self.decoder = Decoder(params)
 
-    def encode(self, video: Tensor, state: Past = None, tiles: Tiles = WHOLE) -> tuple[Tensor, Past]:
+    def encode(
+        self, video: Tensor, state: Past = None, tiles: Tiles = WHOLE, latents_at_once: int = 1
+    ) -> tuple[Tensor, Past]:
         """Video to latents: the mean of the posterior, normalised.
 
         Args:
             video: [B, 3, T, H, W] in [-1, 1]; T = 1 + 4n at the start of a stream, else 4n.
             state: None at the start, else what the call before returned.
             tiles: how frames lie over ranks.
+            latents_at_once: how many go through the network together.
 
         Returns:
             Latents float32 [B, 16, 1 + n or n, H/8, W/8], and the state for the frames that follow.
@@ -99,37 +107,42 @@ class Vae(nn.Module):
         assert n_frames % FRAMES_PER_LATENT == (state is None), (
             f"{n_frames} frames, state {state is not None}"
         )
-        assert height % 8 == 0 and width % 8 == 0, f"{width} x {height} does not divide by 8"
+        assert height % STRIDE_PX == width % STRIDE_PX == 0, (
+            f"{width} x {height} px do not divide by {STRIDE_PX}"
+        )
         mean, std = _latent_statistics(video.device)
         weight_dtype = self.conv1.weight.dtype
         latents = []
-        for frames in _first_alone(video, state is None, FRAMES_PER_LATENT):
-            x = rearrange(frames.to(weight_dtype), "b c t h w -> b t h w c").contiguous()
+        for frames in _first_alone(video, state is None, latents_at_once * FRAMES_PER_LATENT):
+            x = rearrange(frames, "b c t h w -> b t h w c").to(weight_dtype).contiguous()
             x, state = self.encoder(x, state, tiles)
-            posterior_mean, _ = self.conv1.pointwise(x).float().chunk(2, dim=-1)
+            posterior_mean, _ = self.conv1(x).float().chunk(2, dim=-1)
             latents.append((posterior_mean - mean) / std)
         return rearrange(torch.cat(latents, dim=1), "b t h w c -> b c t h w"), state
 
-    def decode(self, latents: Tensor, state: Past = None, tiles: Tiles = WHOLE) -> tuple[Tensor, Past]:
+    def decode(
+        self, latents: Tensor, state: Past = None, tiles: Tiles = WHOLE, latents_at_once: int = 1
+    ) -> tuple[Tensor, Past]:
         """Latents to video.
 
         Args:
             latents: normalised [B, 16, T, h, w].
             state: None at the start of a stream, else what the call before returned.
             tiles: how frames lie over ranks.
+            latents_at_once: how many go through the network together.
 
         Returns:
             Video float32 [B, 3, T', 8h, 8w] in [-1, 1], T' = 1 + 4 (T - 1) at the start of a stream and
-            4 T later, and the state for the latents that follow.
+            4 T later (in memory [B, T', 8h, 8w, 3], as sinks want it), and the state for what follows.
         """
         mean, std = _latent_statistics(latents.device)
         weight_dtype = self.conv2.weight.dtype
         video = []
-        for z in _first_alone(latents, state is None, 1):
+        for z in _first_alone(latents, state is None, latents_at_once):
             x = rearrange(z, "b c t h w -> b t h w c").float() * std + mean
-            x, state = self.decoder(self.conv2.pointwise(x.to(weight_dtype)), state, tiles)
-            video.append(rearrange(x, "b t h w c -> b c t h w").float().clamp(-1, 1))
-        return torch.cat(video, dim=2), state
+            x, state = self.decoder(self.conv2(x.to(weight_dtype)), state, tiles)
+            video.append(x.float().clamp(-1, 1))
+        return rearrange(torch.cat(video, dim=1), "b t h w c -> b c t h w"), state
 
 
 class Encoder(nn.Module):
@@ -140,7 +153,7 @@ class Encoder(nn.Module):
         dims = [params.dim * m for m in (1, *params.dim_mult)]
         self.conv1 = CausalConv(3, dims[0])
         layers: list[nn.Module] = []
-        for level, (in_channels, channels) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (in_channels, channels) in enumerate(pairwise(dims)):
             for _ in range(params.num_res_blocks):
                 layers.append(ResidualBlock(in_channels, channels))
                 in_channels = channels
@@ -174,7 +187,7 @@ class Decoder(nn.Module):
                 layers.append(Upsample(channels, temporal[level]))
                 in_channels = channels // 2
         self.upsamples = nn.ModuleList(layers)
-        self.head = nn.ModuleDict({"0": RmsNorm(dims[-1]), "2": CausalConv(dims[-1], 3)})
+        self.head = nn.ModuleDict({"0": RmsNorm(dims[-1]), "2": PixelConv(dims[-1], 3)})
 
     def forward(self, x: Tensor, past: Past, tiles: Tiles) -> tuple[Tensor, Past]:
         """The first latent alone (past None), then any number."""

@@ -28,7 +28,7 @@ Border: TypeAlias = tuple[int, int]  # rows above and below, and as many columns
 
 @dataclass(frozen=True)
 class Tiles:
-    """One rank that holds whole frames."""
+    """How frames lie over ranks: here one rank, and it holds whole frames."""
 
     size: int = 1
     rank: int = 0
@@ -37,7 +37,7 @@ class Tiles:
         """Surround a tile with what a convolution reads beyond it.
 
         Args:
-            x: tile [N, H, W, C].
+            x: tile [..., H, W, C].
             before: rows needed above, and columns needed to the left.
             after: rows needed below, and columns needed to the right.
 
@@ -48,7 +48,7 @@ class Tiles:
         return x, (before, after)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The whole frames [N, H, W, C] of which x [N, h, w, C] is this rank's tile."""
+        """The whole frames [..., H, W, C] of which x [..., h, w, C] is this rank's tile."""
         return x
 
 
