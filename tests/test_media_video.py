@@ -109,7 +109,7 @@ def test_no_frame_is_lost_or_added(tmp_path: Path, n_frames: int, fps: int) -> N
     sound = tmp_path / "a.wav"
     n_samples = max(1, int((n_frames - 0.97) / fps * 16_000))
     soundfile.write(sound, np.full(n_samples, 0.1), 16_000)
-    for suffix in (".mp4", ".webm"):
+    for suffix in (".mp4", ".webm")[: 1 + (n_frames < 10)]:
         output = tmp_path / f"v{suffix}"
         with opened(output, n_frames, sound, fps=fps) as video:
             video.write(frames(n_frames))
@@ -250,7 +250,7 @@ def test_bad_outputs_end_in_one_line_before_anything_is_made(tmp_path: Path) -> 
         (tmp_path / "a.webm", {"codec": "libx264"}, "does not go into .webm"),
         (tmp_path / "a.mp4", {"crf": 60}, "0 to 51"),
         (tmp_path / os.fsdecode(b"\xff.mp4"), {}, "UTF-8"),
-        (tmp_path / ("x" * 300 + ".mp4"), {}, ""),
+        (tmp_path / ("x" * 300 + ".mp4"), {}, "too long"),
     ]
     before = sorted(os.listdir(tmp_path))
     for output, choice, told in bad:
@@ -258,7 +258,7 @@ def test_bad_outputs_end_in_one_line_before_anything_is_made(tmp_path: Path) -> 
         with pytest.raises(OutputError, match=told) as caught:
             opened(output, encoding=encoding)
         assert str(caught.value).isprintable()
-        if told:
+        if told != "too long":  # which only creating it can tell
             with pytest.raises(OutputError, match=told):
                 check_output(output, encoding, SIDE, SIDE, overwrite=False)
     assert sorted(os.listdir(tmp_path)) == before

@@ -22,7 +22,7 @@ from flashtalk_cli.media.soundtrack import Soundtrack
 
 log = logging.getLogger(__name__)
 
-QUEUED_PIECES = 2  # that wait for the encoder; one more, and the caller waits
+QUEUED_BYTES = 32 << 20  # of frames that wait for the encoder, a chunk at 768 x 448; then the caller waits
 KEPT_LINES = 50
 DYING_S = 5.0  # from a broken pipe to the end of the process
 
@@ -53,8 +53,9 @@ class FfmpegFeed:
         if soundtrack is not None:
             soundtrack.start()
         self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
-        self._queue: queue.Queue[np.ndarray | None] = queue.Queue(QUEUED_PIECES)
-        self._queued_frames = self._taken_frames = 0
+        self._queue: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._queued_frames = self._taken_frames = self._waiting_bytes = 0
+        self._room = threading.Condition()  # for more bytes, or none because ffmpeg is gone
         self._input_ended = False
         self._broken = threading.Event()
         self._feeder = threading.Thread(target=self._feed, name="ffmpeg-stdin", daemon=True)
@@ -83,6 +84,9 @@ class FfmpegFeed:
         assert not self._input_ended
         if self.broken():
             return False
+        with self._room:
+            self._room.wait_for(lambda: self._waiting_bytes < QUEUED_BYTES or self._broken.is_set())
+            self._waiting_bytes += piece.nbytes
         self._queue.put(np.ascontiguousarray(piece))
         self._queued_frames += len(piece)
         self._let_sound_follow()
@@ -95,10 +99,10 @@ class FfmpegFeed:
         """
         try:
             if not self._input_ended:
-                self._queue.put(None, timeout=limit_s)
+                self._queue.put(None)
                 self._input_ended = True
             status = self._process.wait(limit_s)
-        except (queue.Full, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             return None
         self._feeder.join(DYING_S)
         self._drainer.join(DYING_S)
@@ -140,6 +144,9 @@ class FfmpegFeed:
             log.debug("ffmpeg takes no more frames: %s", error)
             self._broken.set()
         self._taken_frames += 1
+        with self._room:
+            self._waiting_bytes -= frame.nbytes
+            self._room.notify()
         self._let_sound_follow()
 
     def _let_sound_follow(self) -> None:

@@ -79,8 +79,10 @@ def encoders(program: str | None = None) -> frozenset[str]:
 
 def version(program: str | None = None) -> str:
     """Version of ffmpeg as it writes it, such as `5.1.9-0+deb12u1`."""
-    words = _stdout_of(program or find_ffmpeg(), "-version").split()
-    return words[2] if len(words) > 2 else "unknown"
+    found = re.search(
+        r"^ffmpeg version (\S+)", _stdout_of(program or find_ffmpeg(), "-version"), re.MULTILINE
+    )
+    return found[1] if found else "unknown"
 
 
 def _stdout_of(program: str, *options: str) -> str:
