@@ -18,8 +18,9 @@ from PIL import Image
 from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill.people.figure import Motion
 from flashtalk_cli.distill.people.head import load_head
+from flashtalk_cli.distill.people.person import PersonSpec
 from flashtalk_cli.distill.people.render import Detail, film, prepare
-from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
+from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
 from flashtalk_cli.distill.people.voices import Voice, say
 
 log = logging.getLogger(__name__)
@@ -29,10 +30,10 @@ SIDE_PX = 512
 PORTRAIT = Detail(texture=1536, strands=9000, sky_directions=48, shadow_side=320)
 PLEASANT = {"mouthSmileLeft": 0.22, "mouthSmileRight": 0.22, "eyeBlinkLeft": 0.02, "eyeBlinkRight": 0.02}
 PEOPLE: dict[str, tuple[int, dict]] = {
-    "oscar": (HELD_OUT_FROM + 3, {}),
-    "maya": (HELD_OUT_FROM + 15, {}),
-    "henry": (HELD_OUT_FROM + 14, {}),
-    "amara": (HELD_OUT_FROM + 6, {}),
+    "oscar": (HELD_OUT_FROM + 18, {}),
+    "maya": (HELD_OUT_FROM + 23, {}),
+    "henry": (HELD_OUT_FROM + 19, {}),
+    "amara": (HELD_OUT_FROM + 20, {}),
 }
 SPEECHES = {
     "welcome": (
@@ -53,7 +54,16 @@ def portrait_spec(name: str) -> PersonSpec:
     seed, changes = PEOPLE[name]
     spec = draw_person(seed)
     turn = tuple(float(np.clip(angle, -0.12, 0.12)) for angle in spec.turn)
-    framed = {"face_height": 0.50, "place": (0.5, 0.43), "turn": turn, "softness": 0.0, "grain": 0.004, "vignette": 0.12, "exposure": 0.05}
+    framed = {
+        "face_height": 0.50,
+        "place": (0.5, 0.43),
+        "turn": turn,
+        "body_turn": spec.body_turn / 2,
+        "softness": 0.0,
+        "grain": 0.004,
+        "vignette": 0.12,
+        "exposure": 0.05,
+    }
     return dataclasses.replace(spec, **{**framed, **changes})
 
 
@@ -73,7 +83,9 @@ def speak(name: str, into: Path) -> None:
     """Writes a speech and its text."""
     voice, text = SPEECHES[name]
     samples = say(Voice("flite", voice, speed=1.06), text).samples
-    soundfile.write(into / f"{name}.wav", samples * (0.7 / np.abs(samples).max()), SAMPLE_RATE_HZ, subtype="PCM_16")
+    soundfile.write(
+        into / f"{name}.wav", samples * (0.7 / np.abs(samples).max()), SAMPLE_RATE_HZ, subtype="PCM_16"
+    )
     (into / f"{name}.txt").write_text(text + "\n")
     log.info("%s: %.1f s", into / f"{name}.wav", len(samples) / SAMPLE_RATE_HZ)
 

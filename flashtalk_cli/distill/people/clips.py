@@ -22,22 +22,29 @@ from flashtalk_cli.distill.people.bank import Speech, SpeechBank, disturb
 from flashtalk_cli.distill.people.figure import Motion
 from flashtalk_cli.distill.people.head import unit_names
 from flashtalk_cli.distill.people.perform import Performance, perform
+from flashtalk_cli.distill.people.person import PersonSpec
 from flashtalk_cli.distill.people.render import Clip, Detail, film, prepare
-from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
+from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
 
 
 def motion_of(performances: list[Performance], device: str) -> Motion:
     """Performances of one length as tensors [B, T, ...] on a device."""
 
     def stacked(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(performance, name) for performance in performances])).to(device)
+        return torch.from_numpy(np.stack([getattr(performance, name) for performance in performances])).to(
+            device
+        )
 
     return Motion(*(stacked(name) for name in ("curves", "turn", "gaze", "sway", "breath")))
 
 
 def render_clips(
-    specs: list[PersonSpec], performances: list[Performance], size_px: tuple[int, int], device: str,
-    detail: Detail | None = None, backdrops: list[Tensor] | None = None,
+    specs: list[PersonSpec],
+    performances: list[Performance],
+    size_px: tuple[int, int],
+    device: str,
+    detail: Detail | None = None,
+    backdrops: list[Tensor] | None = None,
 ) -> Clip:
     """Films B people, each in a performance of their own; size_px is (height, width).
 
@@ -125,10 +132,16 @@ class ClipStream:
     `first` is the number of the first clip; clip n is the same whatever the batch or the workers.
     """
 
-    def __init__(self, bank: SpeechBank, drawing: Drawing, *, first: int = 0, device: str = "cpu", workers: int = 0) -> None:
+    def __init__(
+        self, bank: SpeechBank, drawing: Drawing, *, first: int = 0, device: str = "cpu", workers: int = 0
+    ) -> None:
         self.drawing, self.device = drawing, device
-        ahead = {"prefetch_factor": 4} if workers else {}
-        self.plans = DataLoader(_Plans(bank, drawing, first), batch_size=None, num_workers=workers, **ahead)
+        self.plans = DataLoader(
+            _Plans(bank, drawing, first),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         for plans in self.plans:
@@ -138,7 +151,10 @@ class ClipStream:
         """Renders planned clips."""
         size_px = (self.drawing.height_px, self.drawing.width_px)
         clip = render_clips(
-            [plan.spec for plan in plans], [plan.performance for plan in plans], size_px, self.device,
+            [plan.spec for plan in plans],
+            [plan.performance for plan in plans],
+            size_px,
+            self.device,
             backdrops=[plan.backdrop for plan in plans],
         )
 
@@ -151,6 +167,8 @@ class ClipStream:
             heard=stacked([plan.heard for plan in plans]),
             sounds=stacked([plan.performance.sounds for plan in plans]),
             loudness=stacked([plan.speech.loudness.astype(np.float32) for plan in plans]),
-            opening=clip.opening, opening_px=clip.opening_px, mouth_box=clip.mouth_box,
+            opening=clip.opening,
+            opening_px=clip.opening_px,
+            mouth_box=clip.mouth_box,
             specs=[plan.spec for plan in plans],
         )

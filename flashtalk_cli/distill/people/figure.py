@@ -15,7 +15,7 @@ from torch import Tensor
 from flashtalk_cli.distill.people import hair, wear
 from flashtalk_cli.distill.people.charts import canonical
 from flashtalk_cli.distill.people.head import Head, vertex_normals
-from flashtalk_cli.distill.people.paint import People, linear, ramp
+from flashtalk_cli.distill.people.palette import People, linear, ramp
 
 SKIN, EYE, HAIR, THING, MOUTH = range(5)
 TONGUE, CAVITY, LASH = (0.70, 0.36, 0.36), (0.42, 0.17, 0.17), (0.10, 0.07, 0.06)
@@ -29,8 +29,8 @@ TONGUE_SHIFT = (0.0, -0.075, -0.06)
 class Figure:
     """B people at rest. V vertices in all, H of the head (joints included); faces are shared.
 
-    rest, normals, tangents, colour [B, V, 3]; head_weight, kind [V]; anchor int64 [V - H];
-    light [B, V], how much light reaches a vertex inside the mouth (1 elsewhere).
+    rest, normals, tangents, colour [B, V, 3]; head_weight [B, V]; anchor int64 [V - H]; kind and
+    light [V], the latter how much light reaches a vertex inside the mouth (1 elsewhere).
     """
 
     head: Head
@@ -75,7 +75,11 @@ def _shorten_lashes(rest: Tensor, head: Head, people: People) -> Tensor:
 
 def _settle_mouth(rest: Tensor, head: Head) -> Tensor:
     rest = rest.clone()
-    for part, shift in (("upper_teeth", TEETH_SHIFT), ("tongue", TONGUE_SHIFT), ("lower_teeth", (0.0, -0.05, -0.03))):
+    for part, shift in (
+        ("upper_teeth", TEETH_SHIFT),
+        ("tongue", TONGUE_SHIFT),
+        ("lower_teeth", (0.0, -0.05, -0.03)),
+    ):
         rest[:, head.faces[head.of_part(part)].unique()] += torch.tensor(shift, device=rest.device)
     return rest
 
@@ -112,7 +116,10 @@ def build(people: People, head: Head, *, strands: int) -> Figure:
     colour, kind, light = _colours(people, head, place)
     extras = [(hair.grow(people, rest, head, strands), HAIR)]
     extras.append((hair.grow_beard(people, rest, normals, max(64, strands // 3)), HAIR))
-    extras += [(piece, THING) for piece in wear.glasses(people, rest, head, place) + wear.collar(people, rest, head, place)]
+    extras += [
+        (piece, THING)
+        for piece in wear.glasses(people, rest, head, place) + wear.collar(people, rest, head, place)
+    ]
     weights = torch.cat([head.head_weight, torch.ones(len(head.joints), device=rest.device)])
     anchor = torch.cat([piece.anchor for piece, _ in extras])
     offset, faces = rest.shape[1], [head.faces]
@@ -120,7 +127,7 @@ def build(people: People, head: Head, *, strands: int) -> Figure:
         faces.append(piece.faces + offset)
         offset += piece.place.shape[1]
     extra_place = torch.cat([piece.place for piece, _ in extras], 1)
-    falling = ramp(extra_place[..., 1].mean(0), -2.4, -0.9)  # long hair rests on the shoulders
+    falling = ramp(extra_place[..., 1], -2.4, -0.9)  # long hair rests on the shoulders
     return Figure(
         head=head,
         rest=torch.cat([rest, extra_place], 1),
@@ -129,7 +136,7 @@ def build(people: People, head: Head, *, strands: int) -> Figure:
         colour=torch.cat([colour, *(piece.colour for piece, _ in extras)], 1),
         kind=torch.cat([kind, *(torch.full((p.place.shape[1],), k, device=rest.device) for p, k in extras)]),
         light=torch.cat([light, torch.ones(extra_place.shape[1], device=rest.device)]),
-        head_weight=torch.cat([weights, torch.minimum(weights[anchor], falling)]),
+        head_weight=torch.cat([weights.expand(len(rest), -1), torch.minimum(weights[anchor], falling)], 1),
         anchor=anchor,
         faces=torch.cat(faces),
         eyes=(head.faces[head.of_part("left_eye")].unique(), head.faces[head.of_part("right_eye")].unique()),
@@ -172,7 +179,9 @@ def pose(figure: Figure, motion: Motion, body_turn: Tensor) -> tuple[Tensor, Ten
         centre = head.joint(figure.rest[:, :n], "lr"[side] + "-eye")[:, None, None]
         look = rotation(motion.gaze[..., 0], motion.gaze[..., 1], torch.zeros_like(motion.gaze[..., 0]))
         ball = figure.rest[:, None, vertex] - centre
-        vertices[:, :, vertex] = torch.einsum("btij,btvj->btvi", look, ball.expand(-1, frames, -1, -1)) + centre
+        vertices[:, :, vertex] = (
+            torch.einsum("btij,btvj->btvi", look, ball.expand(-1, frames, -1, -1)) + centre
+        )
     vertices = vertices.reshape(batch * frames, n, 3)
     normals = vertex_normals(vertices, head.faces)
     still = figure.normals[:, None, n:].expand(-1, frames, -1, -1).reshape(batch * frames, -1, 3)
@@ -180,15 +189,18 @@ def pose(figure: Figure, motion: Motion, body_turn: Tensor) -> tuple[Tensor, Ten
     tangents = figure.tangents[:, None].expand(-1, frames, -1, -1).reshape(batch * frames, -1, 3)
     everything = torch.cat([vertices, extras.reshape(batch * frames, -1, 3)], 1)
 
-    chest = (1 - figure.head_weight) * ramp(figure.rest[..., 2].mean(0), -1.4, -0.2)
+    still_part = (1 - figure.head_weight) * ramp(figure.rest[..., 2], -1.4, -0.2)
+    chest = still_part.repeat_interleave(frames, 0)[..., None]
     breath = motion.breath.reshape(-1, 1, 1) * torch.tensor([0.0, 0.022, 0.035], device=chest.device)
-    everything = everything + breath * chest[:, None] + breath * torch.tensor([0.0, 0.3, 0.0], device=chest.device)
+    everything = everything + breath * chest + breath * torch.tensor([0.0, 0.3, 0.0], device=chest.device)
     turn = rotation(*motion.turn.reshape(-1, 3).unbind(-1))
     pivot = head.joint(figure.rest[:, :n], "neck").repeat_interleave(frames, 0)[:, None]
-    weight = figure.head_weight[:, None]
+    weight = figure.head_weight.repeat_interleave(frames, 0)[..., None]
     turned = (everything - pivot) @ turn.transpose(1, 2) + pivot
     everything = everything + weight * (turned - everything)
-    normals = torch.nn.functional.normalize(torch.lerp(normals, normals @ turn.transpose(1, 2), weight), dim=-1)
+    normals = torch.nn.functional.normalize(
+        torch.lerp(normals, normals @ turn.transpose(1, 2), weight), dim=-1
+    )
     tangents = torch.lerp(tangents, tangents @ turn.transpose(1, 2), weight)
 
     none = torch.zeros_like(body_turn)

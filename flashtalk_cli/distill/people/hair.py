@@ -17,7 +17,14 @@ from torch.nn.functional import normalize
 
 from flashtalk_cli.distill.people.charts import canonical
 from flashtalk_cli.distill.people.head import Head, load_head
-from flashtalk_cli.distill.people.paint import People, beard_cover, beard_zone, hair_zone, moustache_zone, ramp
+from flashtalk_cli.distill.people.paint import (
+    People,
+    beard_cover,
+    beard_zone,
+    hair_zone,
+    moustache_zone,
+    ramp,
+)
 
 STEPS, BEARD_STEPS = 9, 3
 BUN = (0.0, 0.55, -1.75)
@@ -42,12 +49,12 @@ class Style:
 STYLES = {
     "bald": Style(0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
     "buzz": Style(0.07, 0.05, 0.6, 0.0, 0.0, 0.3, 0.2, 0, 0.01, 0.3),
-    "short": Style(0.42, 0.16, 0.55, -0.1, 0.45, 0.35, 0.25, 0.0, 0.10, 0.28),
+    "short": Style(0.42, 0.16, 0.42, -0.1, 0.50, 0.40, 0.30, 0.0, 0.10, 0.18),
     "swept": Style(0.85, 0.20, 0.36, 1.1, 0.30, 0.0, 0.45, 0.0, 0.14, 0.10),
-    "fringe": Style(0.85, 0.55, 0.30, -0.2, 0.15, 0.9, 0.55, 0.0, 0.10, 0.16),
-    "bob": Style(2.1, 1.55, 0.12, 0.25, 0.95, 0.0, 1.5, 0.0, 0.17, 0.08),
-    "long": Style(4.2, 3.6, 0.10, 0.35, 0.95, 0.0, 1.9, 0.0, 0.16, 0.07),
-    "waves": Style(3.5, 3.0, 0.14, 0.35, 0.95, 0.0, 1.7, 0.07, 0.22, 0.10),
+    "fringe": Style(0.75, 0.45, 0.24, -0.2, 0.25, 0.9, 0.60, 0.0, 0.10, 0.10),
+    "bob": Style(2.1, 1.55, 0.05, 0.25, 0.95, 0.0, 1.5, 0.0, 0.17, 0.05),
+    "long": Style(4.2, 3.6, 0.04, 0.35, 0.95, 0.0, 1.9, 0.0, 0.16, 0.05),
+    "waves": Style(3.5, 3.0, 0.06, 0.35, 0.95, 0.0, 1.7, 0.05, 0.22, 0.07),
     "tied": Style(1.7, 1.5, 0.05, 1.0, 0.0, 0.0, 0.0, 0.0, 0.05, 0.05),
     "curly": Style(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.26, 0.0),
     "afro": Style(1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.55, 0.0),
@@ -105,7 +112,9 @@ def _strip_faces(count: int, points: int, device: torch.device) -> Tensor:
     return (torch.arange(count, device=device)[:, None, None] * points * 2 + quad).reshape(-1, 3)
 
 
-def _ribbons(path: Tensor, outward: Tensor, width: Tensor, colour: Tensor, anchor: Tensor, twist: Tensor) -> Ribbons:
+def _ribbons(
+    path: Tensor, outward: Tensor, width: Tensor, colour: Tensor, anchor: Tensor, twist: Tensor
+) -> Ribbons:
     """Strips along paths [B, R, P, 3], facing `outward`; width [B, R, P]; colour [B, R, P, 3]."""
     batch, count, points, _ = path.shape
     ahead = torch.cat([path[:, :, 1:], path[:, :, -1:]], 2) - torch.cat([path[:, :, :1], path[:, :, :-1]], 2)
@@ -119,8 +128,12 @@ def _ribbons(path: Tensor, outward: Tensor, width: Tensor, colour: Tensor, ancho
         return values[:, :, :, None].expand(-1, -1, -1, 2, -1).reshape(batch, -1, 3)
 
     return Ribbons(
-        place, doubled(leaning), doubled(tangent), doubled(colour),
-        anchor[:, None].expand(-1, points * 2).reshape(-1), _strip_faces(count, points, path.device),
+        place,
+        doubled(leaning),
+        doubled(tangent),
+        doubled(colour),
+        anchor[:, None].expand(-1, points * 2).reshape(-1),
+        _strip_faces(count, points, path.device),
     )
 
 
@@ -208,13 +221,16 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
     path, outward = [roots], [skull.outward(roots)]
     place = roots
     for step in range(1, STEPS):
-        t = step / (STEPS - 1)
+        part_way = step / (STEPS - 1)
         normal = skull.outward(place)
         comb = torch.stack(
             [
-                side * _style(people, "side") * (0.2 + 0.8 * top) * torch.exp(-2.2 * t * length),
-                -_style(people, "gravity") * (0.15 + 0.6 * (1 - top) + (t * length).clamp_max(1.5)) + 0 * side,
-                _style(people, "forward") * ramp(where[:, 2], -1.3, -0.4) - _style(people, "back") * (1.1 - t) + 0 * side,
+                side * _style(people, "side") * (0.2 + 0.8 * top) * torch.exp(-2.2 * part_way * length),
+                -_style(people, "gravity") * (0.15 + 0.6 * (1 - top) + (part_way * length).clamp_max(1.5))
+                + 0 * side,
+                _style(people, "forward") * ramp(where[:, 2], -1.3, -0.4)
+                - _style(people, "back") * (1.1 - part_way)
+                + 0 * side,
             ],
             -1,
         )
@@ -222,15 +238,26 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
         arrived = to_bun.norm(dim=-1, keepdim=True) < 0.34
         orbit = torch.linalg.cross(to_bun, normalize(mess, dim=-1).expand_as(to_bun))
         comb = torch.where(tied[..., None] > 0, normalize(torch.where(arrived, orbit, to_bun), dim=-1), comb)
-        along = comb - (comb * normal).sum(-1, keepdim=True) * normal * 0.85 * (1 - t)
-        direction = along + normal * (_style(people, "lift") * (1 - t) ** 2 * (0.4 + layer) * (0.4 + 0.6 * top))[..., None]
+        along = comb - (comb * normal).sum(-1, keepdim=True) * normal * 0.85 * (1 - part_way)
+        direction = (
+            along
+            + normal
+            * (_style(people, "lift") * (1 - part_way) ** 2 * (0.4 + layer) * (0.4 + 0.6 * top))[..., None]
+        )
         direction = direction + mess * _style(people, "mess")[..., None]
-        phase = 6.28 * (chance[:, 6] + t * (1.2 + 2.2 * people.column("hair_curl")) * length.clamp(0.8, 3.0))
-        swing = torch.stack([torch.cos(phase), torch.sin(phase) * 0.3, torch.sin(phase)], -1) * (curl * 7)[..., None]
+        phase = 6.28 * (
+            chance[:, 6] + part_way * (1.2 + 2.2 * people.column("hair_curl")) * length.clamp(0.8, 3.0)
+        )
+        swing = (
+            torch.stack([torch.cos(phase), torch.sin(phase) * 0.3, torch.sin(phase)], -1)
+            * (curl * 7)[..., None]
+        )
         direction = normalize(direction, dim=-1) + swing * 0.6
         place = place + direction * (length / (STEPS - 1))[..., None]
         afro = people.has("hair_style", "afro")
-        distance = (0.015 + volume * layer * (1 - afro) * (0.35 + 0.65 * min(1.0, 2 * t))) * (length > 0)
+        distance = (0.015 + volume * layer * (1 - afro) * (0.35 + 0.65 * min(1.0, 2 * part_way))) * (
+            length > 0
+        )
         place = _part_curtain(skull.push_out(place, distance), side, 1 - fringe)
         place = torch.where((length > 0)[..., None], place, roots)
         path.append(place)
@@ -240,9 +267,22 @@ def grow(people: People, rest: Tensor, head: Head, count: int) -> Ribbons:
     cloud = people.has("hair_style", "curly", "afro")[..., None, None]
     line = torch.where(cloud > 0, _curls(people, roots, normals[:, :, 0], top, chance, length, t), line)
     coarse = 0.62 * (4000 / count) ** 0.5
-    width = coarse * 0.055 * (0.7 + 0.6 * chance[:, 7, None]) * (1 - 0.75 * t**3) * (0.6 + 0.4 * length.clamp(0, 1.5))[..., None]
+    width = (
+        coarse
+        * 0.055
+        * (0.7 + 0.6 * chance[:, 7, None])
+        * (1 - 0.75 * t**3)
+        * (0.6 + 0.4 * length.clamp(0, 1.5))[..., None]
+    )
     shade = (0.72 + 0.5 * chance[:, 1, None] ** 2) * (0.7 + 0.45 * t)
-    return _ribbons(line, normals, width, people.colour("hair")[:, :, None] * shade[..., None], corners[:, 0], (chance[:, 5] - 0.5) * 1.2)
+    return _ribbons(
+        line,
+        normals,
+        width,
+        people.colour("hair")[:, :, None] * shade[..., None],
+        corners[:, 0],
+        (chance[:, 5] - 0.5) * 1.2,
+    )
 
 
 def grow_beard(people: People, rest: Tensor, normals: Tensor, count: int) -> Ribbons:
@@ -251,15 +291,22 @@ def grow_beard(people: People, rest: Tensor, normals: Tensor, count: int) -> Rib
     roots = (rest[:, corners] * weights[..., None]).sum(2)
     outward = normalize((normals[:, corners] * weights[..., None]).sum(2), dim=-1)
     cover = beard_cover(where, people)
-    length = torch.tensor([BEARD_LENGTH.get(spec.beard, 0.0) for spec in people.specs], device=rest.device)[:, None]
+    length = torch.tensor([BEARD_LENGTH.get(spec.beard, 0.0) for spec in people.specs], device=rest.device)[
+        :, None
+    ]
     length = length * (cover > 0.35 + 0.4 * chance[:, 0]) * (0.6 + 0.8 * chance[:, 1])
     down = torch.tensor([0.0, -1.0, 0.15], device=rest.device)
     sideways = torch.zeros_like(where)
     sideways[:, 0] = torch.sign(where[:, 0]) * moustache_zone(where) * 0.9
     path, place = [roots], roots
     for step in range(1, BEARD_STEPS + 1):
-        t = step / BEARD_STEPS
-        direction = outward * (0.7 - 0.4 * t) + down * (0.5 + 0.5 * t) + sideways + (chance[:, 2:5] - 0.5) * 0.9
+        part_way = step / BEARD_STEPS
+        direction = (
+            outward * (0.7 - 0.4 * part_way)
+            + down * (0.5 + 0.5 * part_way)
+            + sideways
+            + (chance[:, 2:5] - 0.5) * 0.9
+        )
         place = place + normalize(direction, dim=-1) * (length / BEARD_STEPS)[..., None]
         path.append(place)
     line = torch.stack(path, 2)

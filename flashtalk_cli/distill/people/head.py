@@ -94,11 +94,19 @@ def load_head(device: str = "cpu") -> Head:
     head_weight = tensor(stored["head_weight"].astype(np.float32))
     head_weight[faces[part != parts.index("skin")].unique()] = 1.0
     return Head(
-        mean=tensor(stored["vertices"]), targets=tensor(targets), units=tensor(units), faces=faces, part=part,
-        masks=tensor(stored["masks"].astype(np.float32) / 255), head_weight=head_weight,
-        arm_weight=tensor(stored["arm_weight"].astype(np.float32)), parts=parts,
-        joints=tuple(str(name) for name in stored["joints"]), target_names=target_names,
-        unit_names=unit_names, mask_names=tuple(str(name) for name in stored["mask_names"]),
+        mean=tensor(stored["vertices"]),
+        targets=tensor(targets),
+        units=tensor(units),
+        faces=faces,
+        part=part,
+        masks=tensor(stored["masks"].astype(np.float32) / 255),
+        head_weight=head_weight,
+        arm_weight=tensor(stored["arm_weight"].astype(np.float32)),
+        parts=parts,
+        joints=tuple(str(name) for name in stored["joints"]),
+        target_names=target_names,
+        unit_names=unit_names,
+        mask_names=tuple(str(name) for name in stored["mask_names"]),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, normalize
 
 from flashtalk_cli.distill.people.figure import EYE, HAIR, MOUTH, SKIN
-from flashtalk_cli.distill.people.paint import People
+from flashtalk_cli.distill.people.palette import People
 from flashtalk_cli.distill.people.raster import rasterise
 
 SPAN_DM = 6.4  # what a depth picture shows, about the head
@@ -77,8 +77,16 @@ WRAP = {SKIN: (0.34, 0.16, 0.10), HAIR: (0.35, 0.35, 0.35), MOUTH: (0.3, 0.2, 0.
 
 
 def shade(
-    people: People, who: Tensor, kind: Tensor, albedo: Tensor, gloss: Tensor, normal: Tensor, tangent: Tensor,
-    view: Tensor, key_lit: Tensor, ambient: Tensor,
+    people: People,
+    who: Tensor,
+    kind: Tensor,
+    albedo: Tensor,
+    gloss: Tensor,
+    normal: Tensor,
+    tangent: Tensor,
+    view: Tensor,
+    key_lit: Tensor,
+    ambient: Tensor,
 ) -> Tensor:
     """Light leaving N samples towards the camera, linear [N, 3].
 
@@ -97,13 +105,24 @@ def shade(
     height = (normal[:, 1:2] * 0.5 + 0.5).clamp(0, 1)
     top, bottom = people.colour("ambient_top")[:, 0][who], people.colour("ambient_bottom")[:, 0][who]
     sky = (bottom + (top - bottom) * height) * people("ambient_strength")[who][:, None]
-    dim = torch.where(skin_like, ambient[:, None].clamp_min(1e-3) ** torch.tensor([0.85, 1.05, 1.1], device=device), ambient[:, None])
+    dim = torch.where(
+        skin_like,
+        ambient[:, None].clamp_min(1e-3) ** torch.tensor([0.85, 1.05, 1.1], device=device),
+        ambient[:, None],
+    )
     opposite = normalize(key * torch.tensor([-1.0, 0.35, 0.7], device=device) + 1e-3, dim=-1)
-    fill = ((normal * opposite).sum(-1, keepdim=True) * 0.6 + 0.4).clamp_min(0) * people("fill_strength")[who][:, None]
-    back = normalize(key * torch.tensor([-0.9, 0.5, -1.0], device=device) - torch.tensor([0.0, 0.0, 0.35], device=device), dim=-1)
+    fill = ((normal * opposite).sum(-1, keepdim=True) * 0.6 + 0.4).clamp_min(0) * people("fill_strength")[
+        who
+    ][:, None]
+    back = normalize(
+        key * torch.tensor([-0.9, 0.5, -1.0], device=device) - torch.tensor([0.0, 0.0, 0.35], device=device),
+        dim=-1,
+    )
     rim_facing = ((normal * back).sum(-1, keepdim=True) * 0.9 + 0.1).clamp_min(0)
     edge = 1 - (normal * view).sum(-1, keepdim=True).clamp(0, 1)
-    rim = people.colour("rim")[:, 0][who] * people("rim_strength")[who][:, None] * rim_facing * edge**1.5 * 1.6
+    rim = (
+        people.colour("rim")[:, 0][who] * people("rim_strength")[who][:, None] * rim_facing * edge**1.5 * 1.6
+    )
     received = key_light * lambert * lit + (sky + fill * key_light) * dim + rim * dim.sqrt()
     colour = albedo * received
 

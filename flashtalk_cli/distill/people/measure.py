@@ -109,7 +109,9 @@ def _worsen(crops: Tensor) -> Tensor:
 
     crops = crops * draw(0.7, 1.25) + draw(-0.15, 0.15, 3)
     flat = crops.flatten(0, 1)
-    coarse = interpolate(interpolate(flat, scale_factor=0.5, mode="area"), size=flat.shape[-2:], mode="bilinear")
+    coarse = interpolate(
+        interpolate(flat, scale_factor=0.5, mode="area"), size=flat.shape[-2:], mode="bilinear"
+    )
     crops = torch.lerp(crops, coarse.view_as(crops), draw(0, 1.2).clamp(0, 1))
     crops = crops + torch.randn_like(crops) * draw(0, 0.06)
     return crops.flip(-1) if torch.rand(()) < 0.5 else crops
@@ -181,8 +183,13 @@ def main() -> None:
     meter = calibrate(SpeechBank(given.bank, "train"), given.device, given.seconds, given.workers)
     save_file({name: value.cpu().contiguous() for name, value in meter.state_dict().items()}, given.into)
     found = accuracy(meter, SpeechBank(given.bank, "held_out"), given.device)
-    log.info("held-out people: correlation mean %.3f, median %.3f, lowest %.3f over %d clips",
-             found.mean(), np.median(found), found.min(), len(found))
+    log.info(
+        "held-out people: correlation mean %.3f, median %.3f, lowest %.3f over %d clips",
+        found.mean(),
+        np.median(found),
+        found.min(),
+        len(found),
+    )
 
 
 if __name__ == "__main__":

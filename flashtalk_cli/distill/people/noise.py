@@ -18,7 +18,9 @@ def lattices(seeds: list[int], device: str) -> Tensor:
     return pad(torch.stack(fields), (0, 1, 0, 1, 0, 1), mode="circular").to(device)
 
 
-def noise(lattice: Tensor, place: Tensor, cells: float | tuple[float, float, float], shift: float = 0.0) -> Tensor:
+def noise(
+    lattice: Tensor, place: Tensor, cells: float | tuple[float, float, float], shift: float = 0.0
+) -> Tensor:
     """Values about -1..1 at `place` [N, 3] or [B, N, 3] -> [B, N]; `cells` lattice cells a dm, an axis."""
     scale = torch.as_tensor(cells, device=place.device, dtype=place.dtype) / CELLS
     turns = place * scale + shift * 0.381

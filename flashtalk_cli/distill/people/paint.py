@@ -6,74 +6,32 @@ for B people at once. Colours are linear light from here on; specs speak sRGB.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from flashtalk_cli.distill.people.charts import ARCH_REACH_RAD, EYE, EYE_REACH_RAD, HEAD, TEETH, TORSO, Chart
+from flashtalk_cli.distill.people.fabric import cloth
 from flashtalk_cli.distill.people.noise import fractal, noise
-from flashtalk_cli.distill.people.spec import BEARDS, GARMENTS, PersonSpec
+from flashtalk_cli.distill.people.palette import People, bump, curve, linear, over, ramp
 
 BROW = ((0.095, 0.165), (0.20, 0.215), (0.32, 0.235), (0.41, 0.205), (0.49, 0.135))
 HAIRLINE = (  # azimuth around the skull from the front, rad -> height of the hairline, dm
-    (0.0, 0.65), (0.35, 0.65), (0.62, 0.54), (0.85, 0.34), (1.05, 0.12), (1.25, -0.16), (1.42, -0.20),
-    (1.50, 0.06), (1.95, 0.06), (2.10, -0.25), (2.4, -0.70), (3.15, -0.95),
+    (0.0, 0.65),
+    (0.35, 0.65),
+    (0.62, 0.54),
+    (0.85, 0.34),
+    (1.05, 0.12),
+    (1.25, -0.16),
+    (1.42, -0.20),
+    (1.50, 0.06),
+    (1.95, 0.06),
+    (2.10, -0.25),
+    (2.4, -0.70),
+    (3.15, -0.95),
 )
 GLOSS_SKIN, GLOSS_LIP, GLOSS_EYE, GLOSS_CLOTH, GLOSS_TEETH = 0.35, 0.6, 1.0, 0.04, 0.5
-
-
-def linear(colour: Tensor) -> Tensor:
-    """sRGB -> linear light."""
-    return torch.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055).clamp_min(0).pow(2.4))
-
-
-def ramp(value: Tensor, start: float | Tensor, end: float | Tensor) -> Tensor:
-    """0 before `start`, 1 after `end`, smooth between (`end` may be the smaller)."""
-    t = ((value - start) / (end - start)).clamp(0, 1)
-    return t * t * (3 - 2 * t)
-
-
-def bump(place: Tensor, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Tensor:
-    """A soft blob, mirrored in x: 1 at the centre, 0 about two radii away."""
-    there = torch.stack([place[..., 0].abs(), place[..., 1], place[..., 2]], -1)
-    offset = (there - torch.tensor(centre, device=place.device)) / torch.tensor(radii, device=place.device)
-    return torch.exp(-(offset**2).sum(-1))
-
-
-def curve(x: Tensor, points: tuple[tuple[float, float], ...]) -> Tensor:
-    """Piecewise linear interpolation, flat beyond the ends."""
-    result = torch.full_like(x, points[0][1])
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        t = ((x - x0) / (x1 - x0)).clamp(0, 1)
-        result = torch.where(x >= x0, y0 + (y1 - y0) * t, result)
-    return result
-
-
-class People:
-    """Spec fields of B people as tensors on a device: `people('skin')` [B, 3], `people('age')` [B]."""
-
-    def __init__(self, specs: list[PersonSpec], device: str) -> None:
-        self.specs, self.device = specs, device
-        self._fields: dict[str, Tensor] = {}
-
-    def __call__(self, field: str) -> Tensor:
-        """The field of every person, numbers or colours, float32."""
-        if field not in self._fields:
-            values = [getattr(spec, field) for spec in self.specs]
-            self._fields[field] = torch.tensor(values, device=self.device, dtype=torch.float32)
-        return self._fields[field]
-
-    def colour(self, field: str) -> Tensor:
-        """A colour field in linear light, [B, 1, 3]."""
-        return linear(self(field))[:, None]
-
-    def column(self, field: str) -> Tensor:
-        """A number field as [B, 1]."""
-        return self(field)[:, None]
-
-    def has(self, field: str, *values: str) -> Tensor:
-        """1.0 where a text field is one of `values`, [B, 1]."""
-        found = [float(getattr(spec, field) in values) for spec in self.specs]
-        return torch.tensor(found, device=self.device)[:, None]
 
 
 def hair_zone(place: Tensor, hairline: Tensor) -> Tensor:
@@ -104,7 +62,9 @@ def moustache_zone(place: Tensor) -> Tensor:
 
 def goatee_zone(place: Tensor) -> Tensor:
     """0..1 on the chin."""
-    return bump(place, (0.0, -1.0, 0.2), (0.2, 0.16, 0.4)).mul(1.8).clamp_max(1) * ramp(place[:, 1], -0.78, -0.88)
+    return bump(place, (0.0, -1.0, 0.2), (0.2, 0.16, 0.4)).mul(1.8).clamp_max(1) * ramp(
+        place[:, 1], -0.78, -0.88
+    )
 
 
 def beard_cover(place: Tensor, people: People) -> Tensor:
@@ -115,34 +75,50 @@ def beard_cover(place: Tensor, people: People) -> Tensor:
     return (full + part).clamp(0, 1)
 
 
-def skin(people: People, chart: Chart, place: Tensor, masks: dict[str, Tensor], lattice: Tensor) -> tuple[Tensor, Tensor]:
+def skin(
+    people: People, chart: Chart, place: Tensor, masks: dict[str, Tensor], lattice: Tensor
+) -> tuple[Tensor, Tensor]:
     """Skin with lips, brows, scalp and beard shadow: linear colour [B, N, 3] and gloss [B, N]."""
     base = people.colour("skin")
     colour = base.expand(-1, len(place), -1).clone()
     uneven = people.column("unevenness")
-    colour *= (1 + 0.10 * uneven * fractal(lattice, place, 5.0, 3) + 0.05 * noise(lattice, place, 48.0, 5.0))[..., None]
+    colour *= (1 + 0.10 * uneven * fractal(lattice, place, 5.0, 3) + 0.05 * noise(lattice, place, 48.0, 5.0))[
+        ..., None
+    ]
 
-    flush = bump(place, (0.40, -0.27, 0.1), (0.20, 0.17, 0.5)) + 0.8 * bump(place, (0.0, -0.36, 0.42), (0.10, 0.10, 0.2))
+    flush = bump(place, (0.40, -0.27, 0.1), (0.20, 0.17, 0.5)) + 0.8 * bump(
+        place, (0.0, -0.36, 0.42), (0.10, 0.10, 0.2)
+    )
     flush = flush + 0.5 * bump(place, (0.0, -1.0, 0.2), (0.2, 0.12, 0.3)) + 0.8 * masks["ears"]
     red = people.column("redness") * flush * (1 + 0.35 * fractal(lattice, place, 7.0, 2, 3.0))
     red = red + 0.6 * people.column("makeup") * bump(place, (0.46, -0.27, 0.0), (0.18, 0.12, 0.4))
     colour = colour * torch.stack([1 + 0.03 * red, 1 - 0.15 * red, 1 - 0.12 * red], -1)
 
-    socket = bump(place, (0.29, 0.02, 0.1), (0.20, 0.12, 0.3)) + 0.7 * bump(place, (0.25, -0.13, 0.15), (0.16, 0.05, 0.3))
+    socket = bump(place, (0.29, 0.02, 0.1), (0.20, 0.12, 0.3)) + 0.7 * bump(
+        place, (0.25, -0.13, 0.15), (0.16, 0.05, 0.3)
+    )
     dark = socket * (0.10 + 0.12 * people.column("age"))
     colour = colour * torch.stack([1 - 0.9 * dark, 1 - 1.1 * dark, 1 - 1.0 * dark], -1)
     colour = colour * (1 - _lines(place, lattice) * 0.55 * people.column("wrinkles"))[..., None]
 
-    spots = ramp(noise(lattice, place, 34.0, 9.0), 0.45, 0.75) * (bump(place, (0.25, -0.28, 0.2), (0.38, 0.25, 0.6)) + 0.15)
-    colour = _over(colour, colour * torch.tensor([0.72, 0.58, 0.46], device=place.device), spots * people.column("freckles"))
+    spots = ramp(noise(lattice, place, 34.0, 9.0), 0.45, 0.75) * (
+        bump(place, (0.25, -0.28, 0.2), (0.38, 0.25, 0.6)) + 0.15
+    )
+    colour = over(
+        colour,
+        colour * torch.tensor([0.72, 0.58, 0.46], device=place.device),
+        spots * people.column("freckles"),
+    )
     mole = ramp(noise(lattice, place, 9.0, 13.0), 0.86, 0.93)
-    colour = _over(colour, colour * 0.45, 0.8 * mole)
+    colour = over(colour, colour * 0.45, 0.8 * mole)
     gloss = GLOSS_SKIN * people.column("shine") * (0.7 + 0.6 * bump(place, (0.0, 0.2, 0.3), (0.25, 0.6, 0.4)))
     gloss = gloss * (1 + 0.3 * noise(lattice, place, 40.0, 1.0))
 
     colour, gloss = _lips(people, colour, gloss, place, masks["lips"], lattice)
     shadow = linear(people("hair") * 0.35)[:, None]
-    colour = _over(colour, shadow, 0.55 * people.column("makeup") * masks["eyelids"] * ramp(place[:, 1], -0.04, 0.02))
+    colour = over(
+        colour, shadow, 0.55 * people.column("makeup") * masks["eyelids"] * ramp(place[:, 1], -0.04, 0.02)
+    )
     colour = _hairs_on_skin(people, colour, place, lattice)
     return colour, gloss
 
@@ -152,47 +128,59 @@ def _lines(place: Tensor, lattice: Tensor) -> Tensor:
     x, y = place[:, 0].abs(), place[:, 1]
     wave = y + 0.03 * torch.cos(4 * place[:, 0]) + 0.012 * noise(lattice, place, 4.0, 21.0)
     forehead = (torch.cos(wave * 60).clamp_min(0) ** 6) * bump(place, (0.0, 0.47, 0.2), (0.34, 0.13, 0.3))
-    feet = torch.cos(torch.atan2(y + 0.0, x - 0.30) * 14).clamp_min(0) ** 4 * bump(place, (0.55, -0.02, 0.0), (0.08, 0.10, 0.2))
+    feet = torch.cos(torch.atan2(y + 0.0, x - 0.30) * 14).clamp_min(0) ** 4 * bump(
+        place, (0.55, -0.02, 0.0), (0.08, 0.10, 0.2)
+    )
     fold = curve(-y, ((0.38, 0.16), (0.50, 0.24), (0.66, 0.31), (0.80, 0.32)))
     beside = torch.exp(-(((x - fold) / 0.016) ** 2)) * ramp(y, -0.36, -0.45) * ramp(y, -0.82, -0.70)
-    below = torch.exp(-(((y + 0.155 - 0.3 * (x - 0.28) ** 2) / 0.014) ** 2)) * ramp(x, 0.12, 0.18) * ramp(x, 0.42, 0.34)
+    below = (
+        torch.exp(-(((y + 0.155 - 0.3 * (x - 0.28) ** 2) / 0.014) ** 2))
+        * ramp(x, 0.12, 0.18)
+        * ramp(x, 0.42, 0.34)
+    )
     return (forehead * 0.45 + feet * 0.5 + beside * 0.6 + below * 0.5) * (place[:, 2] > -0.3).float()
 
 
-def _lips(people: People, colour: Tensor, gloss: Tensor, place: Tensor, mask: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor]:
+def _lips(
+    people: People, colour: Tensor, gloss: Tensor, place: Tensor, mask: Tensor, lattice: Tensor
+) -> tuple[Tensor, Tensor]:
     edge = ramp(mask + 0.12 * noise(lattice, place, 14.0, 2.0), 0.15, 0.75) * ramp(mask, 0.02, 0.3)
-    furrows = 1 + 0.16 * noise(lattice, place, (46.0, 6.0, 6.0), 4.0) + 0.06 * fractal(lattice, place, 12.0, 2, 6.0)
+    furrows = (
+        1 + 0.16 * noise(lattice, place, (46.0, 6.0, 6.0), 4.0) + 0.06 * fractal(lattice, place, 12.0, 2, 6.0)
+    )
     seam = 1 - 0.35 * torch.exp(-(((place[:, 1] + 0.675) / 0.018) ** 2))
     lips = people.colour("lip") * (furrows * seam)[..., None]
     cover = edge * people.column("lip_strength")
-    return _over(colour, lips, cover), gloss + cover * (GLOSS_LIP * (0.5 + 0.6 * people.column("makeup")) - gloss)
+    return over(colour, lips, cover), gloss + cover * (
+        GLOSS_LIP * (0.5 + 0.6 * people.column("makeup")) - gloss
+    )
 
 
 def _hairs_on_skin(people: People, colour: Tensor, place: Tensor, lattice: Tensor) -> Tensor:
     x, y = place[:, 0].abs(), place[:, 1]
     spine = curve(x, BROW)
-    width = curve(x, ((0.09, 0.036), (0.2, 0.042), (0.34, 0.030), (0.49, 0.008))) * people.column("brow_width")
+    width = curve(x, ((0.09, 0.036), (0.2, 0.042), (0.34, 0.030), (0.49, 0.008))) * people.column(
+        "brow_width"
+    )
     strands = 0.85 + 0.4 * noise(lattice, place + 0.45 * place[:, [1, 0, 2]], (30.0, 60.0, 20.0), 7.0)
     brow = torch.exp(-(((y - spine) / width).abs() ** 2.6)) * ramp(x, 0.07, 0.13) * ramp(x, 0.51, 0.44)
     brow = brow * (place[:, 2] > -0.2).float() * strands.clamp(0, 1)
     brow_colour = (people.colour("hair") * 0.5 + 0.5 * people.colour("beard_colour")) * 0.55
-    colour = _over(colour, brow_colour, (1.3 * brow * people.column("brow_strength")).clamp(0, 0.96))
+    colour = over(colour, brow_colour, (1.3 * brow * people.column("brow_strength")).clamp(0, 0.96))
 
     inside = hair_zone(place, people.column("hairline")) + 0.06 * noise(lattice, place, 22.0, 8.0)
     cover = ramp(inside, -0.03, 0.10) * (1 - people.has("hair_style", "bald"))
-    cover = cover * (1 - 0.35 * people.has("hair_style", "buzz")) + people.has("hair_style", "bald") * 0.10 * ramp(inside, 0.0, 0.3)
+    cover = cover * (1 - 0.35 * people.has("hair_style", "buzz")) + people.has(
+        "hair_style", "bald"
+    ) * 0.10 * ramp(inside, 0.0, 0.3)
     grain = (0.9 + 0.25 * noise(lattice, place, 52.0, 11.0))[..., None]
-    colour = _over(colour, people.colour("hair") * 0.6 * grain, cover * 0.95)
+    colour = over(colour, people.colour("hair") * 0.6 * grain, cover * 0.95)
 
     amount = people.has("beard", "shadow") * 0.22 + people.has("beard", "stubble") * 0.5
     amount = amount + people.has("beard", "short", "full", "moustache", "goatee") * 0.72
     speckle = (0.75 + 0.5 * noise(lattice, place, 58.0, 12.0)).clamp(0, 1.2)
     stubble = beard_cover(place, people) * amount * speckle
-    return _over(colour, people.colour("beard_colour") * 0.5, stubble.clamp(0, 1))
-
-
-def _over(below: Tensor, above: Tensor, cover: Tensor) -> Tensor:
-    return below + (above - below) * cover[..., None]
+    return over(colour, people.colour("beard_colour") * 0.5, stubble.clamp(0, 1))
 
 
 def eye(people: People, disc: Tensor, lattice: Tensor) -> Tensor:
@@ -211,7 +199,7 @@ def eye(people: People, disc: Tensor, lattice: Tensor) -> Tensor:
     white = torch.tensor([0.62, 0.585, 0.56], device=disc.device).expand(len(people.specs), len(disc), 3)
     veins = ramp(noise(lattice, spokes, (12.0, 12.0, 3.0), 33.0), 0.45, 0.9) * ramp(angle, 0.6, 1.2)
     white = white * torch.stack([1 - 0.1 * veins, 1 - 0.35 * veins, 1 - 0.35 * veins], -1)
-    return _over(white, iris, ramp(angle[None], edge * 1.06, edge * 0.96))
+    return over(white, iris, ramp(angle[None], edge * 1.06, edge * 0.96))
 
 
 TOOTH_EDGES_RAD = (0.0, 0.34, 0.61, 0.89, 1.15, 1.42, 1.80)
@@ -221,62 +209,19 @@ def teeth(people: People, along: Tensor, height: Tensor, lattice: Tensor) -> Ten
     """Teeth unrolled: along [N] in -1..1 round the arch, height [N] from gum to edge -> [B, N, 3]."""
     angle = along.abs() * ARCH_REACH_RAD
     gap, middle = torch.full_like(angle, 9.0), torch.zeros_like(angle)
-    for left, right in zip(TOOTH_EDGES_RAD, TOOTH_EDGES_RAD[1:], strict=False):
+    for left, right in pairwise(TOOTH_EDGES_RAD):
         inside = (angle >= left) & (angle < right)
         gap = torch.where(inside, torch.minimum(angle - left, right - angle), gap)
         middle = torch.where(inside, ((angle - left) / (right - left) - 0.5).abs() * 2, middle)
     enamel = linear(torch.tensor([0.93, 0.87, 0.79], device=along.device))
     tint = 1 + 0.10 * noise(lattice, torch.stack([along, height, along], -1), 5.0, 41.0)
-    colour = enamel * (tint * (1 - 0.5 * torch.exp(-((gap / 0.022) ** 2))) * (0.86 + 0.14 * height))[..., None]
+    colour = (
+        enamel * (tint * (1 - 0.5 * torch.exp(-((gap / 0.022) ** 2))) * (0.86 + 0.14 * height))[..., None]
+    )
     gum = linear(torch.tensor([0.62, 0.33, 0.33], device=along.device))
-    return _over(colour, gum.expand_as(colour), ramp(height, 0.42 + 0.06 * middle**2, 0.36 + 0.06 * middle**2)[None])
-
-
-def bare(place: Tensor, people: People) -> Tensor:
-    """Signed distance from the garment's edge (dm, positive: skin shows), [B, N]."""
-    x, y, z = place[:, 0].abs(), place[:, 1], place[:, 2]
-    ring = y + 1.60 + 0.14 * z - 0.22 * x  # a loop round the base of the neck
-    front = ramp(z, -0.9, -0.3)
-    edges = {
-        "crew": ring + 0.10 * front,
-        "v_neck": ring + 0.06 + (0.85 - 1.7 * x).clamp_min(0) * front,
-        "shirt": ring + (0.42 - 1.6 * x).clamp_min(0) * front,
-        "suit": ring + (0.16 - 0.9 * x).clamp_min(0) * front,
-        "turtleneck": ring - 0.05,
-        "tank": torch.maximum(ring + 0.55 * front + 0.1, (x - 1.25) * 0.8),
-        "hoodie": ring + 0.12 * front,
-    }
-    chosen = torch.stack([edges[name] for name in GARMENTS])
-    rows = torch.tensor([GARMENTS.index(spec.garment) for spec in people.specs], device=place.device)
-    return chosen[rows]
-
-
-def cloth(people: People, place: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor]:
-    """The garment: linear colour [B, N, 3] and cover [B, N]."""
-    x, y = place[:, 0], place[:, 1]
-    first, second = people.colour("cloth"), people.colour("cloth_second")
-    pattern = people.column("cloth_pattern")
-    stripes = ramp(torch.sin(y * 21)[None], -0.15, 0.15)
-    checks = 0.5 * ramp(torch.sin(x * 17)[None], -0.1, 0.1) + 0.5 * ramp(torch.sin(y * 17)[None], -0.1, 0.1)
-    mottled = ramp(fractal(lattice, place, 3.5, 3, 15.0), -0.15, 0.2)
-    amount = (pattern == 1) * stripes + (pattern == 2) * checks + (pattern == 3) * 0.7 * mottled
-    colour = first + (second - first) * (amount * 0.8)[..., None]
-    opening = torch.exp(-((x.abs() / 0.03) ** 2)) * (y < -1.9)
-    colour = colour * (1 - 0.4 * people.has("garment", "shirt") * opening)[..., None]
-    lapel = (0.36 + 0.20 * (y + 1.6)).clamp_min(0.0)  # the suit opens on a shirt and a tie
-    shirt_front = ramp(x.abs() - lapel, 0.012, -0.012) * (place[:, 2] > -0.6)
-    tie = ramp(x.abs() - (0.10 + 0.03 * (-1.9 - y)), 0.01, -0.01) * (y < -1.72)
-    shirt = torch.tensor([0.75, 0.77, 0.8], device=place.device) * (1 - tie[:, None]) + second * tie[:, None]
-    fold = lapel + 0.30 * ramp(y, -3.0, -2.0) * ramp(y, -1.45, -1.75)
-    edge = torch.exp(-(((x.abs() - lapel) / 0.02) ** 2)) + 0.8 * torch.exp(-(((x.abs() - fold) / 0.018) ** 2))
-    suit = colour * (1 - 0.5 * edge * (place[:, 2] > -0.6))[..., None]
-    suit = suit + (shirt - suit) * shirt_front[:, None]
-    is_suit = people.has("garment", "suit")[..., None]
-    colour = colour * (1 - is_suit) + suit * is_suit
-    folds = 1 + 0.16 * fractal(lattice, place, 1.6, 3, 17.0) + 0.08 * noise(lattice, place, 40.0, 18.0)
-    away = bare(place, people)
-    hem = 1 - 0.35 * torch.exp(-(((away + 0.09) / 0.02) ** 2))
-    return colour * (folds * hem)[..., None], ramp(away, 0.012, -0.012)
+    return over(
+        colour, gum.expand_as(colour), ramp(height, 0.42 + 0.06 * middle**2, 0.36 + 0.06 * middle**2)[None]
+    )
 
 
 def atlas(people: People, chart: Chart, lattice: Tensor) -> Tensor:
@@ -289,7 +234,7 @@ def atlas(people: People, chart: Chart, lattice: Tensor) -> Tensor:
         masks = {name: mask[at] for name, mask in chart.masks.items()}
         colour, gloss = skin(people, chart, place, masks, lattice)
         fabric, cover = cloth(people, place, lattice)
-        colour = _over(colour, fabric, cover)
+        colour = over(colour, fabric, cover)
         gloss = gloss + cover * (GLOSS_CLOTH - gloss)
         texture[:, at] = torch.cat([colour, gloss[..., None]], -1)
     at = chart.which == EYE
@@ -297,14 +242,15 @@ def atlas(people: People, chart: Chart, lattice: Tensor) -> Tensor:
     steps = (torch.arange(quarter, device=chart.place.device) + 0.5) / quarter * 2 - 1
     v, u = torch.meshgrid(steps, steps, indexing="ij")
     disc = torch.stack([u, -v], -1).reshape(-1, 2) * (0.125 / 0.12)
-    texture[:, at] = torch.cat([eye(people, disc, lattice), torch.full_like(texture[:, at][..., :1], GLOSS_EYE)], -1)
+    texture[:, at] = torch.cat(
+        [eye(people, disc, lattice), torch.full_like(texture[:, at][..., :1], GLOSS_EYE)], -1
+    )
     at = chart.which == TEETH
     steps = (torch.arange(size // 2, device=chart.place.device) + 0.5) / (size // 2)
     rise = torch.arange(rows - size * 5 // 4, device=chart.place.device) / size
-    height, along = torch.meshgrid(torch.where(rise < 0.125, rise - 0.005, rise - 0.13) / 0.115, steps, indexing="ij")
+    height, along = torch.meshgrid(
+        torch.where(rise < 0.125, rise - 0.005, rise - 0.13) / 0.115, steps, indexing="ij"
+    )
     both_rows = teeth(people, (along.reshape(-1) - 0.5) / 0.48, height.reshape(-1).clamp(0, 1), lattice)
     texture[:, at] = torch.cat([both_rows, torch.full_like(both_rows[..., :1], GLOSS_TEETH)], -1)
     return texture.permute(0, 3, 1, 2).contiguous()
-
-
-assert set(BEARDS) == {"none", "shadow", "stubble", "moustache", "goatee", "short", "full"}

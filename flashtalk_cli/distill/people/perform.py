@@ -13,12 +13,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from flashtalk_cli.distill.people.person import PersonSpec
 from flashtalk_cli.distill.people.phonemes import CLASSES, MOUTHS, SHAPES, VOWELS, Sound
-from flashtalk_cli.distill.people.spec import PersonSpec
 
 FPS = 25
 FINE_HZ = 200
-REACH_S = {"jaw": 0.055, "closed": 0.024, "tuck": 0.028, "round": 0.060, "funnel": 0.055, "spread": 0.055, "show": 0.050}
+REACH_S = {
+    "jaw": 0.055,
+    "closed": 0.024,
+    "tuck": 0.028,
+    "round": 0.060,
+    "funnel": 0.055,
+    "spread": 0.055,
+    "show": 0.050,
+}
 CLASS_SIL = 0
 
 
@@ -64,9 +72,14 @@ class Manner:
 def draw_manner(rng: np.random.Generator) -> Manner:
     """A manner of speaking."""
     return Manner(
-        jaw=float(rng.uniform(0.75, 1.25)), lips=float(rng.uniform(0.7, 1.2)), lively=float(rng.uniform(0.3, 1.5)),
-        smile=float(max(0.0, rng.normal(0.12, 0.16))), frown=float(max(0.0, rng.normal(-0.05, 0.12))),
-        lopsided=float(rng.normal(0, 0.12)), brows=float(rng.normal(0, 0.12)), squint=float(rng.uniform(0, 0.16)),
+        jaw=float(rng.uniform(0.75, 1.25)),
+        lips=float(rng.uniform(0.7, 1.2)),
+        lively=float(rng.uniform(0.3, 1.5)),
+        smile=float(max(0.0, rng.normal(0.12, 0.16))),
+        frown=float(max(0.0, rng.normal(-0.05, 0.12))),
+        lopsided=float(rng.normal(0, 0.12)),
+        brows=float(rng.normal(0, 0.12)),
+        squint=float(rng.uniform(0, 0.16)),
         eye_contact=float(rng.random() < 0.8),
     )
 
@@ -111,8 +124,12 @@ def units_of_mouth(shapes: np.ndarray, loudness: np.ndarray, manner: Manner) -> 
     free = 1 - np.clip(closed + tuck, 0, 1)
     show = show * lips * (1 - closed)
     units = {
-        "jawOpen": opened, "mouthClose": closed * opened, "mouthPucker": 0.75 * round_ * lips,
-        "mouthFunnel": 0.65 * funnel * lips * free, "mouthRollLower": 0.22 * closed + 0.55 * tuck, "mouthRollUpper": 0.18 * closed,
+        "jawOpen": opened,
+        "mouthClose": closed * opened,
+        "mouthPucker": 0.75 * round_ * lips,
+        "mouthFunnel": 0.65 * funnel * lips * free,
+        "mouthRollLower": 0.22 * closed + 0.55 * tuck,
+        "mouthRollUpper": 0.18 * closed,
     }
     side = {"Left": 1 + manner.lopsided, "Right": 1 - manner.lopsided}
     for name, gain in side.items():
@@ -135,8 +152,10 @@ def wander(rng: np.random.Generator, n_frames: int, period_s: float, channels: i
     before, here, there, after = (knots[left + step] for step in (-1, 0, 1, 2))
     slope, slope_after = (there - before) / 2, (after - here) / 2
     return (
-        (2 * t**3 - 3 * t**2 + 1) * here + (t**3 - 2 * t**2 + t) * slope
-        + (3 * t**2 - 2 * t**3) * there + (t**3 - t**2) * slope_after
+        (2 * t**3 - 3 * t**2 + 1) * here
+        + (t**3 - 2 * t**2 + t) * slope
+        + (3 * t**2 - 2 * t**3) * there
+        + (t**3 - t**2) * slope_after
     )
 
 
@@ -157,7 +176,9 @@ def stresses(loudness: np.ndarray, sounds: np.ndarray) -> np.ndarray:
     bump = np.zeros(len(loudness) + 20)
     last = -99
     for frame in range(1, len(loudness) - 1):
-        peak = voiced[frame] > 1.15 and voiced[frame] >= voiced[frame - 1] and voiced[frame] >= voiced[frame + 1]
+        peak = (
+            voiced[frame] > 1.15 and voiced[frame] >= voiced[frame - 1] and voiced[frame] >= voiced[frame + 1]
+        )
         if peak and frame - last > 9:
             last = frame
             bump[frame : frame + 12] = np.maximum(bump[frame : frame + 12], np.hanning(14)[1:13])
@@ -177,7 +198,11 @@ def look(rng: np.random.Generator, n_frames: int, contact: float) -> np.ndarray:
 
 
 def perform(
-    spec: PersonSpec, sounds: list[Sound], loudness: np.ndarray, unit_names: tuple[str, ...], seed: int,
+    spec: PersonSpec,
+    sounds: list[Sound],
+    loudness: np.ndarray,
+    unit_names: tuple[str, ...],
+    seed: int,
     manner: Manner | None = None,
 ) -> Performance:
     """A person saying those sounds; loudness [T] (about 1 when speaking) sets the number of frames."""
@@ -188,10 +213,16 @@ def perform(
     stress = stresses(loudness, heard)
     units = units_of_mouth(articulate(sounds, n_frames), loudness, manner)
     slow = wander(rng, n_frames, 2.5, 3)
-    turn = wander(rng, n_frames, 1.4, 3) * (0.035, 0.022, 0.018) + wander(rng, n_frames, 4.0, 3) * (0.05, 0.03, 0.02)
+    turn = wander(rng, n_frames, 1.4, 3) * (0.035, 0.022, 0.018) + wander(rng, n_frames, 4.0, 3) * (
+        0.05,
+        0.03,
+        0.02,
+    )
     turn = turn * manner.lively
     turn[:, 1] += stress * 0.055 * manner.lively * rng.uniform(0.3, 1.2)
-    gaze = look(rng, n_frames, manner.eye_contact) - turn[:, :2] - (spec.turn[0] + spec.body_turn, spec.turn[1])
+    gaze = (
+        look(rng, n_frames, manner.eye_contact) - turn[:, :2] - (spec.turn[0] + spec.body_turn, spec.turn[1])
+    )
     gaze = np.clip(gaze, (-0.55, -0.35), (0.55, 0.35))
     _add_life(units, rng, manner, stress, slow, gaze)
     curves = np.zeros((n_frames, len(unit_names)), dtype=np.float32)
@@ -201,20 +232,34 @@ def perform(
     breath = 0.5 - 0.5 * np.cos(2 * np.pi * (rate_hz * np.arange(n_frames) / FPS + rng.random()))
     sway = wander(rng, n_frames, 3.5, 3) * (0.035, 0.012, 0.03) * manner.lively
     return Performance(
-        curves, turn.astype(np.float32), gaze.astype(np.float32), sway.astype(np.float32), breath.astype(np.float32), heard
+        curves,
+        turn.astype(np.float32),
+        gaze.astype(np.float32),
+        sway.astype(np.float32),
+        breath.astype(np.float32),
+        heard,
     )
 
 
 def _add_life(
-    units: dict[str, np.ndarray], rng: np.random.Generator, manner: Manner, stress: np.ndarray, slow: np.ndarray, gaze: np.ndarray
+    units: dict[str, np.ndarray],
+    rng: np.random.Generator,
+    manner: Manner,
+    stress: np.ndarray,
+    slow: np.ndarray,
+    gaze: np.ndarray,
 ) -> None:
     """Blinks, brows, mood, and lids that follow the eyes, into `units`."""
     n_frames = len(stress)
     shut = blinks(rng, n_frames, rng.uniform(0.2, 0.45))
-    brow = manner.brows + 0.10 * manner.lively * slow[:, 0] + 0.35 * manner.lively * stress * rng.uniform(0, 1)
+    brow = (
+        manner.brows + 0.10 * manner.lively * slow[:, 0] + 0.35 * manner.lively * stress * rng.uniform(0, 1)
+    )
     smile = np.clip(manner.smile * (1 + 0.35 * slow[:, 1]), 0, 0.7)
     for name, gain in {"Left": 1 + manner.lopsided, "Right": 1 - manner.lopsided}.items():
-        units[f"eyeBlink{name}"] = np.maximum(shut, 0.01 + 0.10 * manner.squint + 0.35 * np.clip(gaze[:, 1], 0, 1))
+        units[f"eyeBlink{name}"] = np.maximum(
+            shut, 0.01 + 0.10 * manner.squint + 0.35 * np.clip(gaze[:, 1], 0, 1)
+        )
         units[f"eyeSquint{name}"] = np.clip(manner.squint * (1 + 0.3 * slow[:, 2]) + 0.3 * smile, 0, 1)
         units[f"eyeWide{name}"] = np.clip(0.6 * (brow - 0.15), 0, 0.5) + 0.6 * np.clip(-gaze[:, 1], 0, 1)
         units[f"browOuterUp{name}"] = np.clip(0.7 * brow, 0, 1)

@@ -13,12 +13,13 @@ that the result does not depend on the order of the triangles.
 from __future__ import annotations
 
 import importlib.util
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 NOTHING = -1  # the triangle index of a sample that no triangle covers
-CANDIDATES_AT_ONCE = 1 << 22
+CANDIDATES_AT_ONCE = {"cuda": 1 << 23, "cpu": 1 << 17}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -49,12 +50,16 @@ def rasterise_plain(screen: Tensor, faces: Tensor, height: int, width: int) -> t
     count = torch.where((lowest[:, 2] > 0) & _has_area(corners), box[:, 0] * box[:, 1], 0)
     seen = torch.nonzero(count).squeeze(1)
     ends = count[seen].cumsum(0)
-    cuts = torch.arange(0, int(ends[-1]) if len(ends) else 0, CANDIDATES_AT_ONCE, device=ends.device)
-    bounds = torch.searchsorted(ends, cuts).tolist() + [len(seen)]
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    cuts = torch.arange(
+        0, int(ends[-1]) if len(ends) else 0, CANDIDATES_AT_ONCE[screen.device.type], device=ends.device
+    )
+    bounds = [*torch.searchsorted(ends, cuts).tolist(), len(seen)]
+    for start, end in pairwise(bounds):
         some = seen[start:end]
         if len(some):
-            _scatter(best, corners[some], first[some], box[some, 0], count[some], some, n_faces, height, width)
+            _scatter(
+                best, corners[some], first[some], box[some, 0], count[some], some, n_faces, height, width
+            )
     return unpack(best.reshape(batch, height, width))
 
 
@@ -64,8 +69,15 @@ def _has_area(corners: Tensor) -> Tensor:
 
 
 def _scatter(
-    best: Tensor, corners: Tensor, first: Tensor, wide: Tensor, count: Tensor, which: Tensor,
-    n_faces: int, height: int, width: int,
+    best: Tensor,
+    corners: Tensor,
+    first: Tensor,
+    wide: Tensor,
+    count: Tensor,
+    which: Tensor,
+    n_faces: int,
+    height: int,
+    width: int,
 ) -> None:
     """Tests every sample in the box of each triangle; keeps the nearest at each sample."""
     owner = torch.repeat_interleave(torch.arange(len(which), device=which.device), count)

@@ -64,5 +64,15 @@ def rasterise(screen: Tensor, faces: Tensor, height: int, width: int) -> tuple[T
     best = torch.full((batch, height, width), -1, dtype=torch.int64, device=screen.device)
     grid = (batch, triton.cdiv(faces.shape[0], LANES))
     corners = faces.to(torch.int32).contiguous()
-    _scan[grid](screen.contiguous(), corners, best, n_vertices, faces.shape[0], height, width, LANES=LANES, num_warps=1)
+    _scan[grid](
+        screen.contiguous(),
+        corners,
+        best,
+        n_vertices,
+        faces.shape[0],
+        height,
+        width,
+        LANES=LANES,
+        num_warps=1,
+    )
     return unpack(best)

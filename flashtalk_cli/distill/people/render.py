@@ -21,12 +21,13 @@ from flashtalk_cli.distill.people.figure import EYE, HAIR, MOUTH, Figure, Motion
 from flashtalk_cli.distill.people.head import load_head
 from flashtalk_cli.distill.people.light import ambient_occlusion, key_direction, seen_from, shade, soften
 from flashtalk_cli.distill.people.noise import lattices
-from flashtalk_cli.distill.people.paint import People, atlas
-from flashtalk_cli.distill.people.spec import PersonSpec
+from flashtalk_cli.distill.people.paint import atlas
+from flashtalk_cli.distill.people.palette import People
+from flashtalk_cli.distill.people.person import PersonSpec
 
 FACE_HEIGHT_DM = 2.15  # chin to crown of the average head
 SUPERSAMPLES = 2
-SAMPLES_AT_ONCE = 1 << 24
+SAMPLES_AT_ONCE = {"cuda": 1 << 24, "cpu": 1 << 18}  # a processor likes what fits its cache
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class Clip:
 
 
 def prepare(
-    specs: list[PersonSpec], height_px: int, width_px: int, device: str, detail: Detail | None = None,
+    specs: list[PersonSpec],
+    height_px: int,
+    width_px: int,
+    device: str,
+    detail: Detail | None = None,
     backdrops: list[Tensor] | None = None,
 ) -> Scene:
     """Shapes, paints and lights people for clips of one size; draws what stands behind them if not given."""
@@ -88,7 +93,9 @@ def prepare(
     figure = build(people, head, strands=detail.strands)
     texture = atlas(people, chart, lattices([spec.seed for spec in specs], device))
     side = detail.shadow_side
-    ambient = ambient_occlusion(figure.rest, figure.normals, figure.faces, count=detail.sky_directions, side=side // 2)
+    ambient = ambient_occlusion(
+        figure.rest, figure.normals, figure.faces, count=detail.sky_directions, side=side // 2
+    )
     lit = seen_from(figure.rest, figure.faces, key_direction(people), side, bias=0.05)
     mouth = figure.kind == MOUTH
     ambient = torch.where(mouth, 0.9 * figure.light, ambient)
@@ -117,7 +124,9 @@ def project(scene: Scene, vertices: Tensor) -> Tensor:
     frames = len(vertices) // len(people.specs)
     distance, face, place = people("distance"), people("face_height"), people("place")
     focal = face * scene.height_px * distance / FACE_HEIGHT_DM
-    per_frame = torch.stack([distance, focal, place[:, 0] * scene.width_px, place[:, 1] * scene.height_px], -1)
+    per_frame = torch.stack(
+        [distance, focal, place[:, 0] * scene.width_px, place[:, 1] * scene.height_px], -1
+    )
     d, f, cx, cy = per_frame.repeat_interleave(frames, 0)[:, :, None].unbind(1)
     near = 1 / (d - vertices[..., 2])
     return torch.stack([cx + f * vertices[..., 0] * near, cy - f * vertices[..., 1] * near, near], -1)
@@ -126,10 +135,16 @@ def project(scene: Scene, vertices: Tensor) -> Tensor:
 def film(scene: Scene, motion: Motion) -> Clip:
     """Films the scene's people; the motion's curves are [B, T, U]."""
     batch, frames = motion.turn.shape[:2]
-    at_once = max(1, SAMPLES_AT_ONCE // (SUPERSAMPLES**2 * scene.height_px * scene.width_px * batch))
+    at_once = max(
+        1,
+        SAMPLES_AT_ONCE[scene.backdrop.device.type]
+        // (SUPERSAMPLES**2 * scene.height_px * scene.width_px * batch),
+    )
     pictures, gaps, screens = [], [], []
     for start in range(0, frames, at_once):
-        some = Motion(*(getattr(motion, name)[:, start : start + at_once] for name in motion.__dataclass_fields__))
+        some = Motion(
+            *(getattr(motion, name)[:, start : start + at_once] for name in motion.__dataclass_fields__)
+        )
         picture, screen, gap = _film(scene, some)
         pictures.append(rearrange(picture, "(b t) c h w -> b t h w c", b=batch))
         gaps.append(gap.reshape(batch, -1))
@@ -165,7 +180,9 @@ def _mouth_box(scene: Scene, lips: Tensor) -> Tensor:
     return torch.cat([low - margin, high + margin], -1)
 
 
-def _shade(scene: Scene, triangle: Tensor, screen: Tensor, vertices: Tensor, normals: Tensor, tangents: Tensor) -> Tensor:
+def _shade(
+    scene: Scene, triangle: Tensor, screen: Tensor, vertices: Tensor, normals: Tensor, tangents: Tensor
+) -> Tensor:
     """Linear pictures [N, 3, height, width] of a z-buffer's triangles."""
     figure, people = scene.figure, scene.people
     n, height, width = triangle.shape
@@ -192,7 +209,9 @@ def _shade(scene: Scene, triangle: Tensor, screen: Tensor, vertices: Tensor, nor
     gloss = torch.where(face < n_painted, paint[:, 3], torch.where(kind == HAIR, 0.0, 0.35))
     gloss = torch.where(kind == MOUTH, 0.4 * still[:, 3], gloss)
     there = mixed(vertices, frame)
-    camera = torch.stack([torch.zeros_like(there[:, 0]), torch.zeros_like(there[:, 0]), people("distance")[who]], -1)
+    camera = torch.stack(
+        [torch.zeros_like(there[:, 0]), torch.zeros_like(there[:, 0]), people("distance")[who]], -1
+    )
     view = normalize(camera - there, dim=-1)
     normal = normalize(mixed(normals, frame), dim=-1)
     hidden = (normal * view).sum(-1, keepdim=True).clamp_max(0)

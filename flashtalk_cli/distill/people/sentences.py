@@ -30,9 +30,15 @@ HELD_OUT_ENGLISH = {
     "ask": "would you mind showing us|whose idea was|how did they manage to move",
 }
 PATTERNS = (
-    "{who} {does} {what}.", "{who} {does} {what} {where}.", "{say}, {who} {does} {what} {when}.",
-    "{when}, {who} {does} {what}.", "{ask} {what}?", "{who} {does} {what}, and {who} {does} {what}.",
-    "{say}, {say}. {who} {does} {what}, but not {where}.", "{ask} {what} {where}?", "{say}!",
+    "{who} {does} {what}.",
+    "{who} {does} {what} {where}.",
+    "{say}, {who} {does} {what} {when}.",
+    "{when}, {who} {does} {what}.",
+    "{ask} {what}?",
+    "{who} {does} {what}, and {who} {does} {what}.",
+    "{say}, {say}. {who} {does} {what}, but not {where}.",
+    "{ask} {what} {where}?",
+    "{say}!",
 )
 OTHERS = {  # language of espeak-ng -> words to be strung together
     "de": "der kleine Fuchs|springt über|die grüne Brücke|heute Morgen|vielleicht|ich möchte|einen Apfel und ein Buch|wir fahren nach Hause|schöne Häuser|fünf Bäume|bitte|das Wetter|war gestern furchtbar|meine Schwester|kauft neue Schuhe|warum nicht|jeden Abend|auf dem Tisch",

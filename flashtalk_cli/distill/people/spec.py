@@ -7,122 +7,92 @@ lengths decimetres, angles radians, unless a name says otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from flashtalk_cli.distill.people.bake import HEAD_FILE
+from flashtalk_cli.distill.people.person import BACKDROPS, BEARDS, GARMENTS, Colour, PersonSpec
 
 HELD_OUT_FROM = 1_000_000_000
 
-Colour = tuple[float, float, float]
-
 OPPOSITES = {
-    "incr": "decr", "up": "down", "out": "in", "forward": "backward",
-    "uncompress": "compress", "convex": "concave",
+    "incr": "decr",
+    "up": "down",
+    "out": "in",
+    "forward": "backward",
+    "uncompress": "compress",
+    "convex": "concave",
 }
 FACE_SHAPES = ("diamond", "invertedtriangular", "oval", "rectangular", "round", "square", "triangular")
 LOCAL_SPREAD = {  # how far a feature strays, as a standard deviation; by the beginning of its name
-    "head-scale": 0.25, "head-fat": 0.35, "head-age": 0.3, "head-angle": 0.25, "head-back": 0.4,
-    "neck": 0.35, "mouth-scale": 0.3, "mouth": 0.35, "nose": 0.36, "eyebrows": 0.4, "cheek": 0.4,
-    "eye-scale": 0.25, "eye-bag": 0.35, "eye": 0.35, "forehead": 0.35, "chin": 0.35, "ear": 0.4, "measure": 0.3,
+    "head-scale": 0.25,
+    "head-fat": 0.35,
+    "head-age": 0.3,
+    "head-angle": 0.25,
+    "head-back": 0.4,
+    "neck": 0.35,
+    "mouth-scale": 0.3,
+    "mouth": 0.35,
+    "nose": 0.36,
+    "eyebrows": 0.4,
+    "cheek": 0.4,
+    "eye-scale": 0.25,
+    "eye-bag": 0.35,
+    "eye": 0.35,
+    "forehead": 0.35,
+    "chin": 0.35,
+    "ear": 0.4,
+    "measure": 0.3,
 }
 LOCAL_MEAN = {  # where the source's average looks unlike a photograph
-    "eye-scale-incr": 0.18, "eye-height2-incr": 0.15, "nose-volume-incr": -0.2, "nose-scale-horiz-incr": -0.1, "head-scale-horiz-incr": -0.15,
+    "eye-scale-incr": 0.18,
+    "eye-height2-incr": 0.15,
+    "nose-volume-incr": -0.2,
+    "nose-scale-horiz-incr": -0.1,
+    "head-scale-horiz-incr": -0.15,
 }
 SKIN_TONES: tuple[Colour, ...] = tuple(
     (r / 255, g / 255, b / 255)
     for r, g, b in (
-        (243, 216, 200), (235, 199, 178), (225, 184, 156), (208, 162, 130), (190, 143, 108),
-        (168, 120, 87), (140, 95, 67), (108, 72, 51), (80, 54, 41),
+        (243, 216, 200),
+        (235, 199, 178),
+        (225, 184, 156),
+        (208, 162, 130),
+        (190, 143, 108),
+        (168, 120, 87),
+        (140, 95, 67),
+        (108, 72, 51),
+        (80, 54, 41),
     )
 )
 HAIR_TONES: tuple[Colour, ...] = tuple(
     (r / 255, g / 255, b / 255)
     for r, g, b in (
-        (24, 20, 20), (38, 27, 22), (62, 41, 29), (92, 60, 38), (128, 88, 54), (176, 134, 84),
-        (214, 178, 122), (150, 70, 36), (124, 120, 118), (214, 210, 204),
+        (24, 20, 20),
+        (38, 27, 22),
+        (62, 41, 29),
+        (92, 60, 38),
+        (128, 88, 54),
+        (176, 134, 84),
+        (214, 178, 122),
+        (150, 70, 36),
+        (124, 120, 118),
+        (214, 210, 204),
     )
 )
 EYE_TONES: tuple[Colour, ...] = tuple(
     (r / 255, g / 255, b / 255)
-    for r, g, b in ((58, 34, 20), (84, 52, 28), (112, 82, 44), (96, 112, 70), (86, 122, 132), (112, 146, 176), (120, 130, 138))
+    for r, g, b in (
+        (58, 34, 20),
+        (84, 52, 28),
+        (112, 82, 44),
+        (96, 112, 70),
+        (86, 122, 132),
+        (112, 146, 176),
+        (120, 130, 138),
+    )
 )
-HAIR_STYLES = ("bald", "buzz", "short", "swept", "fringe", "bob", "long", "tied", "curly", "afro", "waves")
-GARMENTS = ("crew", "v_neck", "shirt", "suit", "turtleneck", "tank", "hoodie")
-BEARDS = ("none", "shadow", "stubble", "moustache", "goatee", "short", "full")
-BACKDROPS = ("plain", "gradient", "noise", "bokeh", "room", "stripes", "window", "foliage")
-
-
-@dataclass(frozen=True)
-class PersonSpec:
-    """One person before one camera. Names in `targets` are the baked head's identity targets."""
-
-    seed: int
-    # the shape
-    female: float
-    age: float  # 0 young .. 1 old
-    targets: tuple[tuple[str, float], ...]
-    # skin
-    skin: Colour
-    redness: float
-    freckles: float
-    unevenness: float
-    wrinkles: float
-    shine: float
-    lip: Colour
-    lip_strength: float
-    makeup: float
-    # eyes and brows
-    iris: Colour
-    iris_size: float
-    brow_strength: float
-    brow_width: float
-    lash_strength: float
-    # hair
-    hair_style: str
-    hair: Colour
-    hair_length: float  # around 1
-    hair_volume: float
-    hair_curl: float
-    hairline: float
-    parting: float  # -1 .. 1, where the hair parts
-    beard: str
-    beard_colour: Colour
-    # clothes
-    garment: str
-    cloth: Colour
-    cloth_second: Colour
-    cloth_pattern: int  # 0 plain, 1 stripes, 2 checks, 3 mottled
-    glasses: int  # 0 none, 1 round, 2 square, 3 half rim
-    glasses_colour: Colour
-    earrings: bool
-    # light
-    key_angle: tuple[float, float]  # azimuth, elevation
-    key: Colour
-    key_strength: float
-    fill_strength: float
-    rim_strength: float
-    rim: Colour
-    ambient_top: Colour
-    ambient_bottom: Colour
-    ambient_strength: float
-    # what stands behind
-    backdrop: str
-    backdrop_colours: tuple[Colour, Colour, Colour]
-    # camera and picture
-    distance: float
-    face_height: float  # of the frame's height
-    place: tuple[float, float]  # the eyes' place in the frame, 0..1
-    turn: tuple[float, float, float]  # resting yaw, pitch, roll of the head
-    body_turn: float
-    exposure: float
-    contrast: float
-    warmth: float
-    grain: float
-    softness: float
-    vignette: float
 
 
 @lru_cache(maxsize=1)
@@ -212,12 +182,17 @@ def any_colour(rng: np.random.Generator, value: tuple[float, float], chroma: flo
     """A colour of random hue with a lightness in `value` and saturation up to `chroma`."""
     import colorsys
 
-    r, g, b = colorsys.hsv_to_rgb(rng.random(), float(rng.beta(1.2, 2.2)) * chroma, float(rng.uniform(*value)))
+    r, g, b = colorsys.hsv_to_rgb(
+        rng.random(), float(rng.beta(1.2, 2.2)) * chroma, float(rng.uniform(*value))
+    )
     return float(r), float(g), float(b)
 
 
 def _skin_and_hair(rng: np.random.Generator, targets: dict[str, float], female: float, age: float) -> dict:
-    share = {race: sum(v for k, v in targets.items() if k.startswith(race)) for race in ("african", "asian", "caucasian")}
+    share = {
+        race: sum(v for k, v in targets.items() if k.startswith(race))
+        for race in ("african", "asian", "caucasian")
+    }
     tone = share["african"] * 6.6 + share["asian"] * 2.4 + share["caucasian"] * 1.0
     tone = float(np.clip(tone + rng.normal(0, 1.1), 0, 7.99))
     skin = jitter(rng, _on_scale(SKIN_TONES, tone), 0.012)
@@ -225,7 +200,9 @@ def _skin_and_hair(rng: np.random.Generator, targets: dict[str, float], female: 
     hair_place = rng.uniform(0, 2.4) if dark_hair else rng.uniform(0.6, 7.2)
     hair = jitter(rng, _on_scale(HAIR_TONES[:8], float(hair_place)), 0.015)
     if age > 0.35 and rng.random() < 0.75:
-        hair = mix(hair, HAIR_TONES[8 if rng.random() < 0.5 else 9], float(np.clip(rng.normal(age, 0.25), 0, 1)))
+        hair = mix(
+            hair, HAIR_TONES[8 if rng.random() < 0.5 else 9], float(np.clip(rng.normal(age, 0.25), 0, 1))
+        )
     elif rng.random() < 0.03:
         hair = any_colour(rng, (0.35, 0.8), 0.9)
     made_up = float(rng.random() < 0.5 * female) * rng.uniform(0.3, 1.0)
@@ -233,40 +210,83 @@ def _skin_and_hair(rng: np.random.Generator, targets: dict[str, float], female: 
     if tone > 4.5:
         lip = mix(skin, (0.48, 0.24, 0.24), float(rng.uniform(0.3, 0.7)))
     if made_up > 0.5:
-        lip = mix(lip, (float(rng.uniform(0.45, 0.8)), 0.10, float(rng.uniform(0.14, 0.32))), float(rng.uniform(0.3, 0.8)))
+        lip = mix(
+            lip,
+            (float(rng.uniform(0.45, 0.8)), 0.10, float(rng.uniform(0.14, 0.32))),
+            float(rng.uniform(0.3, 0.8)),
+        )
     eye_place = rng.uniform(0, 1.6) if dark_hair else rng.uniform(0, 5.9)
     return {
-        "skin": skin, "redness": float(rng.uniform(0.15, 1.0)), "freckles": float(max(0, rng.normal(-0.2, 0.5))) * (tone < 3),
-        "unevenness": float(rng.uniform(0.3, 1.0)), "wrinkles": float(np.clip(age * 1.1 + rng.normal(0.05, 0.1), 0, 1)),
-        "shine": float(rng.uniform(0.25, 1.0)), "lip": lip, "lip_strength": float(rng.uniform(0.65, 1.0)), "makeup": float(made_up),
-        "iris": jitter(rng, _on_scale(EYE_TONES, float(eye_place)), 0.02), "iris_size": float(rng.uniform(0.9, 1.08)),
-        "brow_strength": float(rng.uniform(0.45, 1.0)), "brow_width": float(rng.uniform(0.75, 1.35)) * (1.15 - 0.35 * female),
-        "lash_strength": float(np.clip(rng.normal(0.4 + 0.4 * female, 0.15), 0.1, 1)), "hair": hair,
+        "skin": skin,
+        "redness": float(rng.uniform(0.15, 1.0)),
+        "freckles": float(max(0, rng.normal(-0.2, 0.5))) * (tone < 3),
+        "unevenness": float(rng.uniform(0.3, 1.0)),
+        "wrinkles": float(np.clip(age * 1.1 + rng.normal(0.05, 0.1), 0, 1)),
+        "shine": float(rng.uniform(0.25, 1.0)),
+        "lip": lip,
+        "lip_strength": float(rng.uniform(0.65, 1.0)),
+        "makeup": float(made_up),
+        "iris": jitter(rng, _on_scale(EYE_TONES, float(eye_place)), 0.02),
+        "iris_size": float(rng.uniform(0.9, 1.08)),
+        "brow_strength": float(rng.uniform(0.45, 1.0)),
+        "brow_width": float(rng.uniform(0.75, 1.35)) * (1.15 - 0.35 * female),
+        "lash_strength": float(np.clip(rng.normal(0.4 + 0.4 * female, 0.15), 0.1, 1)),
+        "hair": hair,
     }
 
 
 def _hair_style(rng: np.random.Generator, female: float, age: float, hair: Colour) -> dict:
     if female > 0.5:
-        odds = {"short": 8, "swept": 6, "fringe": 10, "bob": 22, "long": 24, "tied": 16, "curly": 10, "afro": 5, "waves": 16, "buzz": 1.5, "bald": 0.5}
+        odds = {
+            "short": 8,
+            "swept": 6,
+            "fringe": 10,
+            "bob": 22,
+            "long": 24,
+            "tied": 16,
+            "curly": 10,
+            "afro": 5,
+            "waves": 16,
+            "buzz": 1.5,
+            "bald": 0.5,
+        }
     else:
-        odds = {"short": 32, "swept": 22, "fringe": 12, "buzz": 12, "bald": 6 + 10 * age, "curly": 9, "afro": 5, "bob": 3, "long": 3, "tied": 3, "waves": 3}
+        odds = {
+            "short": 32,
+            "swept": 22,
+            "fringe": 12,
+            "buzz": 12,
+            "bald": 6 + 10 * age,
+            "curly": 9,
+            "afro": 5,
+            "bob": 3,
+            "long": 3,
+            "tied": 3,
+            "waves": 3,
+        }
     chance = np.asarray(list(odds.values()), dtype=float)
     style = str(rng.choice(list(odds), p=chance / chance.sum()))
     beard = "none"
     if female < 0.5:
         beard = str(rng.choice(BEARDS, p=(0.34, 0.2, 0.16, 0.05, 0.07, 0.1, 0.08)))
     return {
-        "hair_style": style, "hair_length": float(rng.uniform(0.7, 1.35)), "hair_volume": float(rng.uniform(0.6, 1.4)),
-        "hair_curl": float(rng.beta(1.2, 3.0)), "hairline": float(np.clip(rng.normal(0.2 * (1 - female) * age, 0.14), -0.3, 0.4)),
-        "parting": float(rng.uniform(-0.8, 0.8)), "beard": beard, "beard_colour": jitter(rng, mix(hair, (0.2, 0.13, 0.1), 0.3), 0.02),
+        "hair_style": style,
+        "hair_length": float(rng.uniform(0.7, 1.35)),
+        "hair_volume": float(rng.uniform(0.6, 1.4)),
+        "hair_curl": float(rng.beta(1.2, 3.0)),
+        "hairline": float(np.clip(rng.normal(0.2 * (1 - female) * age, 0.14), -0.3, 0.4)),
+        "parting": float(rng.uniform(-0.8, 0.8)),
+        "beard": beard,
+        "beard_colour": jitter(rng, mix(hair, (0.2, 0.13, 0.1), 0.3), 0.02),
     }
 
 
-def _wear(rng: np.random.Generator, female: float, age: float) -> dict:
+def _wear(rng: np.random.Generator, female: float) -> dict:
     dark_frames = any_colour(rng, (0.04, 0.25), 0.5)
     return {
         "garment": str(rng.choice(GARMENTS, p=(0.27, 0.15, 0.18, 0.15, 0.1, 0.07, 0.08))),
-        "cloth": any_colour(rng, (0.08, 0.95), 0.9), "cloth_second": any_colour(rng, (0.1, 0.98), 0.8),
+        "cloth": any_colour(rng, (0.08, 0.95), 0.9),
+        "cloth_second": any_colour(rng, (0.1, 0.98), 0.8),
         "cloth_pattern": int(rng.choice(4, p=(0.6, 0.14, 0.1, 0.16))),
         "glasses": int(rng.choice(4, p=(0.76, 0.08, 0.1, 0.06))),
         "glasses_colour": dark_frames if rng.random() < 0.8 else any_colour(rng, (0.4, 0.8), 0.5),
@@ -280,11 +300,29 @@ def _light(rng: np.random.Generator) -> dict:
     tint = rng.normal(0, 0.45)
     key = mix((1.0, 1.0, 1.0), warm if tint > 0 else cool, min(1.0, abs(float(tint))))
     return {
-        "key_angle": (float(rng.normal(0, 0.75)), float(rng.uniform(0.05, 1.0))), "key": key,
-        "key_strength": float(rng.uniform(0.5, 1.5) * (1.25 - 0.6 * soft)), "fill_strength": float(rng.uniform(0.05, 0.5)),
-        "rim_strength": float(rng.uniform(0, 0.9)) * float(rng.random() < 0.6), "rim": jitter(rng, mix((1, 1, 1), cool, 0.4), 0.1),
-        "ambient_top": jitter(rng, (0.92, 0.95, 1.0), 0.06), "ambient_bottom": jitter(rng, (0.62, 0.56, 0.52), 0.08),
+        "key_angle": (float(rng.normal(0, 0.75)), float(rng.uniform(0.05, 1.0))),
+        "key": key,
+        "key_strength": float(rng.uniform(0.5, 1.5) * (1.25 - 0.6 * soft)),
+        "fill_strength": float(rng.uniform(0.05, 0.5)),
+        "rim_strength": float(rng.uniform(0, 0.9)) * float(rng.random() < 0.6),
+        "rim": jitter(rng, mix((1, 1, 1), cool, 0.4), 0.1),
+        "ambient_top": jitter(rng, (0.92, 0.95, 1.0), 0.06),
+        "ambient_bottom": jitter(rng, (0.62, 0.56, 0.52), 0.08),
         "ambient_strength": float(rng.uniform(0.35, 0.75) + 0.25 * soft),
+    }
+
+
+def _exposed(light: dict, skin: Colour) -> dict:
+    """Lights dimmed or raised halfway to what a photographer would choose for that skin."""
+    brightness = sum(weight * channel**2.2 for weight, channel in zip((0.25, 0.65, 0.10), skin, strict=True))
+    level = brightness * (
+        light["key_strength"] * (0.75 + 0.4 * light["fill_strength"]) + light["ambient_strength"]
+    )
+    gain = float(np.clip((0.36 / level) ** 0.5, 0.6, 1.7))
+    return {
+        **light,
+        "key_strength": light["key_strength"] * gain,
+        "ambient_strength": light["ambient_strength"] * gain,
     }
 
 
@@ -295,11 +333,19 @@ def _picture(rng: np.random.Generator) -> dict:
     return {
         "backdrop": str(rng.choice(BACKDROPS, p=(0.1, 0.18, 0.14, 0.14, 0.18, 0.06, 0.1, 0.1))),
         "backdrop_colours": (base, other, any_colour(rng, (0.2, 1.0), 0.8)),
-        "distance": float(rng.uniform(8, 22)), "face_height": face_height,
-        "place": (float(rng.normal(0.5, 0.035)), float(np.clip(0.22 + 0.42 * face_height + rng.normal(0, 0.025), 0.3, 0.52))),
+        "distance": float(rng.uniform(8, 22)),
+        "face_height": face_height,
+        "place": (
+            float(rng.normal(0.5, 0.035)),
+            float(np.clip(0.22 + 0.42 * face_height + rng.normal(0, 0.025), 0.3, 0.52)),
+        ),
         "turn": (float(rng.normal(0, 0.17)), float(rng.normal(0.0, 0.06)), float(rng.normal(0, 0.035))),
-        "body_turn": float(rng.normal(0, 0.2)), "exposure": float(rng.normal(0, 0.16)), "contrast": float(rng.uniform(0.92, 1.15)),
-        "warmth": float(rng.normal(0, 0.035)), "grain": float(rng.uniform(0, 0.012)), "softness": float(rng.beta(1.1, 2.2)),
+        "body_turn": float(rng.normal(0, 0.2)),
+        "exposure": float(rng.normal(0, 0.16)),
+        "contrast": float(rng.uniform(0.92, 1.15)),
+        "warmth": float(rng.normal(0, 0.035)),
+        "grain": float(rng.uniform(0, 0.012)),
+        "softness": float(rng.beta(1.1, 2.2)),
         "vignette": float(rng.uniform(0, 0.35)),
     }
 
@@ -312,6 +358,13 @@ def draw_person(seed: int) -> PersonSpec:
     targets = _shape(rng, female, age)
     looks = _skin_and_hair(rng, dict(targets), female, age)
     return PersonSpec(
-        seed=seed, female=female, age=age, targets=targets, **looks, **_hair_style(rng, female, age, looks["hair"]),
-        **_wear(rng, female, age), **_light(rng), **_picture(rng),
+        seed=seed,
+        female=female,
+        age=age,
+        targets=targets,
+        **looks,
+        **_hair_style(rng, female, age, looks["hair"]),
+        **_wear(rng, female),
+        **_exposed(_light(rng), looks["skin"]),
+        **_picture(rng),
     )

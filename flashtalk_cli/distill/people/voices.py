@@ -24,7 +24,23 @@ from flashtalk_cli.distill.people.phonemes import FLITE, Sound, spell
 from flashtalk_cli.errors import InputError
 
 FLITE_VOICES = ("kal16", "awb", "rms", "slt")
-ESPEAK_VARIANTS = ("", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+f1", "+f2", "+f3", "+f4", "+f5", "+klatt2", "+croak")
+ESPEAK_VARIANTS = (
+    "",
+    "+m1",
+    "+m2",
+    "+m3",
+    "+m4",
+    "+m5",
+    "+m6",
+    "+m7",
+    "+f1",
+    "+f2",
+    "+f3",
+    "+f4",
+    "+f5",
+    "+klatt2",
+    "+croak",
+)
 HELD_OUT_FLITE = ("slt", "rms")
 HELD_OUT_VARIANTS = ("+f2", "+m3")
 
@@ -77,7 +93,9 @@ def _say_flite(voice: Voice, text: str) -> Utterance:
         command = [program, "-voice", voice.name, *stretch, "-psdur", "-t", text, "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not path.exists():
-            raise InputError(f"flite failed with code {done.returncode} on {text!r}: {done.stderr.strip()[:200]}")
+            raise InputError(
+                f"flite failed with code {done.returncode} on {text!r}: {done.stderr.strip()[:200]}"
+            )
         samples, rate_hz = soundfile.read(path, dtype="float32")
     sounds: list[Sound] = []
     start_s = 0.0
@@ -93,7 +111,9 @@ def _pitched(utterance: Utterance, pitch: float) -> Utterance:
     if abs(pitch - 1) < 0.01:
         return utterance
     samples = soxr.resample(utterance.samples, SAMPLE_RATE_HZ * pitch, SAMPLE_RATE_HZ).astype(np.float32)
-    return Utterance(samples, tuple(Sound(s.sound, s.start_s / pitch, s.end_s / pitch) for s in utterance.sounds))
+    return Utterance(
+        samples, tuple(Sound(s.sound, s.start_s / pitch, s.end_s / pitch) for s in utterance.sounds)
+    )
 
 
 class _EventId(ctypes.Union):
@@ -102,12 +122,20 @@ class _EventId(ctypes.Union):
 
 class _Event(ctypes.Structure):
     _fields_ = (
-        ("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int), ("length", ctypes.c_int),
-        ("audio_position", ctypes.c_int), ("sample", ctypes.c_int), ("user_data", ctypes.c_void_p), ("id", _EventId),
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
     )
 
 
-_Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
 
 
 class _Espeak:

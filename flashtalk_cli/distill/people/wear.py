@@ -12,24 +12,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from flashtalk_cli.distill.people.fabric import bare
 from flashtalk_cli.distill.people.hair import Ribbons
 from flashtalk_cli.distill.people.head import Head
-from flashtalk_cli.distill.people.paint import People, bare, ramp
+from flashtalk_cli.distill.people.palette import People, ramp
 
 RIM_POINTS, SECTION = 24, 5
-CLOTH_THICKNESS = {"crew": 0.05, "v_neck": 0.05, "shirt": 0.06, "suit": 0.11, "turtleneck": 0.10, "tank": 0.035, "hoodie": 0.16}
+CLOTH_THICKNESS = {
+    "crew": 0.05,
+    "v_neck": 0.05,
+    "shirt": 0.06,
+    "suit": 0.11,
+    "turtleneck": 0.10,
+    "tank": 0.035,
+    "hoodie": 0.16,
+}
 
 
 def dress(people: People, rest: Tensor, normals: Tensor, place: Tensor, head: Head) -> Tensor:
     """Bodies [B, V, 3] thickened where cloth covers them; `place` [V, 3] is the canonical head's."""
-    thickness = torch.tensor([CLOTH_THICKNESS[spec.garment] for spec in people.specs], device=rest.device)[:, None]
+    thickness = torch.tensor([CLOTH_THICKNESS[spec.garment] for spec in people.specs], device=rest.device)[
+        :, None
+    ]
     cover = ramp(bare(place[: head.n_vertices], people), 0.05, -0.10)
     padded = torch.zeros_like(rest[..., 0])
     padded[:, : head.n_vertices] = cover * thickness
     return rest + normals * padded[..., None]
 
 
-def tube(path: Tensor, radius: Tensor, colour: Tensor, anchor: Tensor, *, closed: bool, flat: float = 1.0) -> Ribbons:
+def tube(
+    path: Tensor, radius: Tensor, colour: Tensor, anchor: Tensor, *, closed: bool, flat: float = 1.0
+) -> Ribbons:
     """A tube along points [B, P, 3] of radius [B, P]; `flat` squeezes its section in z."""
     batch, points, _ = path.shape
     if closed:
@@ -52,8 +65,12 @@ def tube(path: Tensor, radius: Tensor, colour: Tensor, anchor: Tensor, *, closed
     faces = torch.cat([torch.stack([a, b, c], -1), torch.stack([c, b, d], -1)]).reshape(-1, 3)
     n = points * SECTION
     return Ribbons(
-        place.reshape(batch, n, 3), normal.reshape(batch, n, 3), torch.zeros_like(place).reshape(batch, n, 3),
-        colour[:, None].expand(-1, n, -1), anchor.expand(n), faces,
+        place.reshape(batch, n, 3),
+        normal.reshape(batch, n, 3),
+        torch.zeros_like(place).reshape(batch, n, 3),
+        colour[:, None].expand(-1, n, -1),
+        anchor.expand(n),
+        faces,
     )
 
 
@@ -64,8 +81,12 @@ def glasses(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Rib
     square = (people("glasses") == 2).float()[:, None]
     half = (people("glasses") == 3).float()[:, None]
     colour = people.colour("glasses_colour")[:, 0]
-    nose = torch.argmin((place[: head.n_vertices] - torch.tensor([0.0, 0.0, 0.23], device=device)).norm(dim=-1))
-    ear = torch.argmin((place[: head.n_vertices] - torch.tensor([0.74, 0.05, -0.6], device=device)).norm(dim=-1))
+    nose = torch.argmin(
+        (place[: head.n_vertices] - torch.tensor([0.0, 0.0, 0.23], device=device)).norm(dim=-1)
+    )
+    ear = torch.argmin(
+        (place[: head.n_vertices] - torch.tensor([0.74, 0.05, -0.6], device=device)).norm(dim=-1)
+    )
     bridge = rest[:, nose]
     angle = torch.arange(RIM_POINTS, device=device) * (2 * math.pi / RIM_POINTS)
     power = 1.0 - 0.55 * square
@@ -78,15 +99,24 @@ def glasses(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Rib
     for sign, name in ((1.0, "l-eye"), (-1.0, "r-eye")):
         eye = head.joint(rest, name)
         centre = torch.stack([eye[:, 0] + 0.01 * sign, eye[:, 1] - 0.035, bridge[:, 2] + 0.10], -1)
-        rim = centre[:, None] + torch.stack([x * sign, y, -0.22 * (x.clamp_min(-1) + 0.1).clamp_min(0) ** 1.5], -1)
+        rim = centre[:, None] + torch.stack(
+            [x * sign, y, -0.22 * (x.clamp_min(-1) + 0.1).clamp_min(0) ** 1.5], -1
+        )
         pieces.append(tube(rim, thin, colour, anchor, closed=True))
         hinges.append(centre + torch.tensor([0.24 * sign, 0.07, -0.06], device=device))
-        temple = torch.stack([hinges[-1], rest[:, ear] * torch.tensor([sign * 1.03, 1.0, 1.0], device=device)], 1)
+        temple = torch.stack(
+            [hinges[-1], rest[:, ear] * torch.tensor([sign * 1.03, 1.0, 1.0], device=device)], 1
+        )
         pieces.append(tube(temple, (0.016 * worn)[:, None].expand(-1, 2), colour, anchor, closed=False))
     span = torch.linspace(-1, 1, 5, device=device)
     gap = head.joint(rest, "l-eye")[:, :1] - 0.21
     arch = torch.stack(
-        [gap * span, head.joint(rest, "l-eye")[:, 1:2] + 0.02 - 0.03 * span**2, bridge[:, 2:3] + 0.10 + 0.03 * (1 - span**2)], -1
+        [
+            gap * span,
+            head.joint(rest, "l-eye")[:, 1:2] + 0.02 - 0.03 * span**2,
+            bridge[:, 2:3] + 0.10 + 0.03 * (1 - span**2),
+        ],
+        -1,
     )
     pieces.append(tube(arch, (0.014 * worn)[:, None].expand(-1, 5), colour, anchor, closed=False))
     return pieces
@@ -97,22 +127,35 @@ def collar(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Ribb
     device = rest.device
     points = 28
     angle = torch.arange(points, device=device) * (2 * math.pi / points)
-    heights = {"turtleneck": -1.52, "hoodie": -1.78, "shirt": -1.58, "suit": -1.58}
+    heights = {"turtleneck": -1.40, "hoodie": -1.62, "shirt": -1.58, "suit": -1.58}
     height = torch.tensor([heights.get(spec.garment, -1.6) for spec in people.specs], device=device)[:, None]
-    radius = torch.tensor([{"turtleneck": 0.085, "hoodie": 0.13, "shirt": 0.06, "suit": 0.055}.get(s.garment, 0.0) for s in people.specs], device=device)
+    radius = torch.tensor(
+        [
+            {"turtleneck": 0.085, "hoodie": 0.13, "shirt": 0.06, "suit": 0.055}.get(s.garment, 0.0)
+            for s in people.specs
+        ],
+        device=device,
+    )
     ring = torch.stack([torch.sin(angle), torch.zeros_like(angle), torch.cos(angle)], -1)
     near_neck = ((place[: head.n_vertices, 1] + 1.5).abs() < 0.1) & (place[: head.n_vertices, 0].abs() < 0.6)
     neck = rest[:, : head.n_vertices][:, near_neck]
     centre = (neck.amin(1) + neck.amax(1)) / 2
     reach = (neck.amax(1) - neck.amin(1)) / 2
     front = 0.5 + 0.5 * torch.cos(angle)
-    wide = torch.tensor([{"hoodie": 0.12, "turtleneck": 0.0}.get(s.garment, 0.03) for s in people.specs], device=device)[:, None, None]
+    wide = torch.tensor(
+        [{"hoodie": 0.12, "turtleneck": 0.0}.get(s.garment, 0.03) for s in people.specs], device=device
+    )[:, None, None]
     lift = centre[:, 1:2] + 1.58
+    drop = 0.10 + 0.12 * people.has("garment", "shirt", "suit")
     path = centre[:, None] + ring * (reach[:, None] + wide)
-    path = torch.stack([path[..., 0], height + lift - 0.22 * front, path[..., 2]], -1)
-    open_front = people.has("garment", "shirt", "suit") * torch.exp(-((torch.sin(angle) / 0.30) ** 2)) * (front > 0.5)
+    path = torch.stack([path[..., 0], height + lift - drop * front, path[..., 2]], -1)
+    open_front = (
+        people.has("garment", "shirt", "suit") * torch.exp(-((torch.sin(angle) / 0.30) ** 2)) * (front > 0.5)
+    )
     colour = people.colour("cloth")[:, 0].clone()
     white = people.has("garment", "suit")
     colour = colour + white * (torch.tensor([0.75, 0.77, 0.8], device=device) - colour)
-    anchor = torch.argmin((place[: head.n_vertices] - torch.tensor([0.0, -1.6, -0.48], device=device)).norm(dim=-1))
+    anchor = torch.argmin(
+        (place[: head.n_vertices] - torch.tensor([0.0, -1.6, -0.48], device=device)).norm(dim=-1)
+    )
     return [tube(path, radius[:, None] * (1 - open_front), colour, anchor, closed=True)]
