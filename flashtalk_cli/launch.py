@@ -59,12 +59,14 @@ def run(
     stdout: bool = False,
     on_log: Callable[[str], None] | None = None,
     command: Command | None = None,
+    clean_end_s: float = CLEAN_END_S,
 ) -> int:
     """Run a job in a worker until it ends; 0 when it is done, 130 when it was asked to end.
 
     on_event gets every event but the error; on_log gets each line of the worker's stderr, in
     another thread (default: our stderr). Only with `stdout` may the worker write to our standard
-    output; else what it prints there counts as log. `command` makes the worker's command line.
+    output; else what it prints there counts as log. `command` makes the worker's command line,
+    which gets `clean_end_s` to end after it was asked.
 
     Raises the worker's own error, of its class in errors.py, with the worker's traceback as
     its cause; `WorkerError` when the worker dies without a word.
@@ -76,7 +78,7 @@ def run(
             arguments = (command or worker_command)(job_path, socket_path, debug)
             worker = _Worker(arguments, stdout, on_log or _to_stderr)
             try:
-                last = _follow(worker, listener, requests, on_event)
+                last = _follow(worker, listener, requests, on_event, clean_end_s)
             finally:
                 worker.kill()
             return _outcome(worker, last, bool(requests), on_event)
@@ -134,6 +136,7 @@ def _follow(
     listener: events.Listener,
     requests: Sequence[int],
     on_event: Callable[[events.Event], None],
+    clean_end_s: float,
 ) -> events.Event | None:
     """Pass events on until the worker has ended; the last word it said, if it said one."""
     last: events.Event | None = None
@@ -151,7 +154,7 @@ def _follow(
             return last
         if requests and not asked:
             asked = True
-            deadline_s = min(deadline_s, time.monotonic() + CLEAN_END_S)
+            deadline_s = min(deadline_s, time.monotonic() + clean_end_s)
             worker.signal_group(signal.SIGTERM)
         if len(requests) > 1 or time.monotonic() > deadline_s:
             worker.kill()

@@ -35,12 +35,13 @@ ALLOWED = {
     "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media"},
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
     "worker": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench", "distill"},
-    "cli": {*BASE, "log", "events", "presets", "launch", "media", "models"},
+    "cli": {*BASE, "log", "events", "presets", "launch", "media", "models", "distill"},
     "__main__": {"cli"},
     "__init__": set(),
 }
 HEAVY = {"torch", "transformers", "safetensors", "diffusers", "torchvision"}
 LIGHT_MODELS = "models/folder.py"  # of models, all that the command line may import
+LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"OMP_WAIT_POLICY"},
@@ -135,6 +136,13 @@ def test_the_command_line_touches_models_by_their_folders_only(path):
     for name in imports(path):
         if name.startswith("flashtalk_cli.models") and not probe:
             assert file_of(name) in (PACKAGE / LIGHT_MODELS, PACKAGE / "models/__init__.py"), name
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "cli"], ids=name_of)
+def test_the_command_line_touches_training_by_its_config_only(path):
+    for name in imports(path):
+        if name.startswith("flashtalk_cli.distill"):
+            assert file_of(name) in (PACKAGE / LIGHT_DISTILL, PACKAGE / "distill/__init__.py"), name
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

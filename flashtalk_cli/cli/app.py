@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli import bench, demo, doctor, models, presets, render
+from flashtalk_cli.cli import bench, demo, doctor, models, presets, render, train
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, UsageError
 
 EPILOG = (
@@ -37,6 +37,7 @@ app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
 app.add_typer(presets.app, name="presets")
 app.add_typer(models.app, name="models")
+app.add_typer(train.app, name="train")
 app.command("doctor")(doctor.doctor)
 
 # Typer has carried its own click since 0.2x, and used the package before: this is the one in use.

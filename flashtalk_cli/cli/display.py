@@ -248,10 +248,14 @@ def _done_line(happened: events.Event) -> str:
     speed = f", {duration_s / elapsed_s:.2f} times real time" if elapsed_s else ""
     where = happened.get("path") or "standard output"
     frames = happened.get("frames")
+    if frames is None:  # no video: something that was trained or measured
+        return f"done: {where}, {clock(elapsed_s)}"
     return f"done: {where}, {frames} frames, {duration_s:.2f} s of video in {elapsed_s:.1f} s{speed}"
 
 
 def _interrupted_line(happened: events.Event) -> str:
     if not happened.get("path"):
         return "interrupted: nothing was rendered"
+    if happened.get("frames") is None:
+        return f"interrupted: what was done is kept in {happened['path']}"
     return f"interrupted: {happened['frames']} frames are kept in {happened['path']}"

@@ -1,0 +1,106 @@
+"""What a training run needs, in bytes, told before it starts: a machine too small is refused with numbers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from flashtalk_cli.config import PATCH_PX, Canvas, Sampling
+from flashtalk_cli.distill.config import Network
+from flashtalk_cli.errors import DeviceError
+from flashtalk_cli.models.dit import DitParams
+from flashtalk_cli.parallel.ranks import Ranks
+
+GIB = 2**30
+FLOAT32_BYTES = 4
+BLOCK_ACTIVATIONS = 34  # widths of the residual stream that one block keeps for its backward pass
+RESERVE = 0.06  # of the device: the allocator's gaps, the libraries' own
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that each rank needs, by what for."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return " + ".join(f"{n_bytes / GIB:.1f} {name}" for name, n_bytes in self.parts.items())
+
+
+def count_parameters(params: DitParams) -> int:
+    """Parameters of the diffusion transformer, counted on the meta device."""
+    from flashtalk_cli.models.dit import DiT
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in DiT(params).parameters())
+
+
+def need_of(
+    params: DitParams,
+    network: Network,
+    canvas: Canvas,
+    sampling: Sampling,
+    micro_batch: int,
+    world: int,
+    *,
+    trained: int,
+    frozen: int,
+    averaged: int,
+) -> Need:
+    """Bytes for so many trained and frozen networks, spread over `world` ranks.
+
+    A trained one has float32 weights, gradients and two moments; on one rank also the weights it computes
+    with. `averaged` of them keep a moving average. Activations are those of one pass of the
+    largest canvas: with recompute every block's input and the inside of one block, else the inside of all.
+    """
+    n = count_parameters(params)
+    width = 2 if network.dtype == "bfloat16" else 4
+    masters = FLOAT32_BYTES if width == 2 or world > 1 else 0
+    computing = width if world == 1 else 0
+    tokens = sampling.chunk_latents * canvas.area_px // PATCH_PX**2
+    stream = micro_batch * tokens * params.dim * width
+    inside = stream * (BLOCK_ACTIVATIONS + 4 * params.ffn_dim // params.dim)
+    activations = params.num_layers * stream + inside if network.recompute else params.num_layers * inside
+    parts = {
+        "weights": trained * n * (masters + computing) // world,
+        "gradients": trained * n * FLOAT32_BYTES // world,
+        "moments": trained * n * 2 * FLOAT32_BYTES // world,
+        "average": averaged * n * FLOAT32_BYTES // world,
+        "frozen weights": frozen * n * width // world,
+        "activations": activations,
+    }
+    if world > 1:
+        parts["gathered blocks"] = 3 * width * n // max(1, params.num_layers)
+    return Need({name: n_bytes for name, n_bytes in parts.items() if n_bytes})
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process can still have on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check(need: Need, ranks: Ranks, what: str) -> None:
+    """Raise DeviceError, with the numbers and how many GPUs would do, when a run does not fit."""
+    have = int(available_bytes(ranks.device) * (1 - RESERVE))
+    if need.total <= have:
+        return
+    activations = need.parts.get("activations", 0) + need.parts.get("gathered blocks", 0)
+    spread = (need.total - activations) * ranks.size
+    room = have - activations
+    if room <= 0:
+        mend = "lower micro_batch or the canvas, or set network.recompute=true"
+    else:
+        mend = f"{-(-spread // room)} such devices would do (--gpus)"
+    raise DeviceError(
+        f"{what} needs {need.total / GIB:.1f} GiB a device ({need}), {ranks.device} has {have / GIB:.1f} GiB "
+        f"for it: {mend}"
+    )

@@ -1,0 +1,126 @@
+"""One trained network with its optimiser, its moving average, and what a checkpoint keeps of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashtalk_cli.distill.config import Optimiser
+from flashtalk_cli.distill.networks import local, whole
+from flashtalk_cli.models.dit import DiT
+
+
+def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
+    """The rate of update `step` (from 0) of `steps`: a linear rise, a plateau, a linear fall to zero."""
+    rise = min(1.0, (step + 1) / max(1, optimiser.warmup_steps))
+    fall_steps = optimiser.cooldown_share * steps
+    fall = min(1.0, (steps - step) / fall_steps) if fall_steps >= 1 else 1.0
+    return optimiser.learning_rate * rise * max(0.0, fall)
+
+
+class Trained:
+    """A network that learns.
+
+    `average` is the moving average of its float32 parameters (None where there is to be none): it
+    follows quickly at first, so that a short run does not keep its random beginning.
+    """
+
+    def __init__(self, dit: DiT, optimiser: Optimiser, steps: int, ema_decay: float | None) -> None:
+        self.dit, self.optimiser, self.steps, self.ema_decay = dit, optimiser, steps, ema_decay
+        self.names = [name for name, _ in dit.named_parameters()]
+        self.working: list[Tensor] = [parameter for _, parameter in dit.named_parameters()]
+        self.parameters: list[Tensor]
+        if all(p.dtype == torch.float32 for p in self.working):
+            self.parameters = self.working
+        else:
+            self.parameters = [nn.Parameter(p.detach().float()) for p in self.working]
+        self.average = None if ema_decay is None else [p.detach().clone() for p in self.parameters]
+        fused = self.working[0].device.type == "cuda"
+        self.adam = torch.optim.AdamW(
+            _groups(self.parameters, optimiser.weight_decay),
+            lr=optimiser.learning_rate,
+            betas=(optimiser.beta1, optimiser.beta2),
+            fused=fused,
+            foreach=None if fused else True,
+        )
+        self.step_count = 0
+
+    def update(self) -> Tensor:
+        """Move the parameters by the gradients that are there; the gradients' norm before clipping."""
+        if self.parameters is not self.working:
+            for parameter, worked in zip(self.parameters, self.working, strict=True):
+                parameter.grad = None if worked.grad is None else worked.grad.float()
+                worked.grad = None
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.optimiser.clip_norm)
+        rate = learning_rate(self.step_count, self.steps, self.optimiser)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.step_count += 1
+        with torch.no_grad():
+            if self.parameters is not self.working:
+                torch._foreach_copy_(self.working, self.parameters)
+            if self.average is not None and self.ema_decay is not None:
+                decay = min(self.ema_decay, self.step_count / (10 + self.step_count))
+                torch._foreach_lerp_(
+                    [local(a) for a in self.average], [local(p) for p in self.parameters], 1 - decay
+                )
+        return whole(norm)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Take the network's present weights as the beginning: masters and average follow them."""
+        if self.parameters is not self.working:
+            torch._foreach_copy_(self.parameters, self.working)
+        if self.average is not None:
+            torch._foreach_copy_([local(a) for a in self.average], [local(p) for p in self.parameters])
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: this rank's part of it."""
+        moments = self.adam.state_dict()["state"]
+        return {
+            "step": self.step_count,
+            "parameters": [local(p.detach()) for p in self.parameters],
+            "average": None if self.average is None else [local(a) for a in self.average],
+            "moments": {i: {key: local(value) for key, value in kept.items()} for i, kept in moments.items()},
+        }
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.step_count = state["step"]
+        for mine, theirs in zip(self.parameters, state["parameters"], strict=True):
+            local(mine).copy_(theirs)
+        if self.parameters is not self.working:
+            torch._foreach_copy_(self.working, self.parameters)
+        if self.average is not None:
+            for mine, theirs in zip(self.average, state["average"], strict=True):
+                local(mine).copy_(theirs)
+        self._load_moments(state["moments"])
+
+    def _load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
+        in_order = [parameter for group in self.adam.param_groups for parameter in group["params"]]
+        for i, kept in moments.items():
+            parameter = in_order[i]
+            mine: dict[str, Tensor] = {}
+            for key, value in kept.items():
+                if key == "step":
+                    on = parameter.device if self.adam.param_groups[0]["fused"] else torch.device("cpu")
+                    mine[key] = value.to(on)
+                    continue
+                mine[key] = torch.zeros_like(parameter, requires_grad=False)
+                local(mine[key]).copy_(value)
+            self.adam.state[parameter] = mine
+
+
+def _groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms, biases and modulations do not."""
+    matrices = [p for p in parameters if p.ndim > 1 and p.shape[0] > 1]
+    vectors = [p for p in parameters if not (p.ndim > 1 and p.shape[0] > 1)]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
