@@ -453,6 +453,7 @@ RUN = [
         for i in range(3)
     ),
     events.event("warning", message="the avatar is untrained"),
+    events.event("report", data={"fps": 27.1}),
     events.event("done", path="/tmp/x.mp4", frames=84, duration_s=3.36, elapsed_s=3.1),
 ]  # fmt: skip
 

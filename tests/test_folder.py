@@ -25,8 +25,8 @@ from flashtalk_cli.models.folder import (
     list_models,
     pull,
     resolve,
-    verify,
 )
+from flashtalk_cli.models.verify import verify_folder
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +161,7 @@ def test_a_broken_index_is_told(index: str, message: str, tiny: Path, tmp_path: 
     (model / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelError, match=message):
         resolve(model)
-    assert message in verify(find(model))[0].problem
+    assert message in verify_folder(find(model))[0].problem
 
 
 def test_the_list_of_models(tiny: Path, place: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_list_of_models(tiny: Path, place: Path) -> None:
 
 
 def test_verify_a_good_folder(tiny: Path) -> None:
-    reports = verify(find(tiny))
+    reports = verify_folder(find(tiny))
     assert [report.component for report in reports] == list(COMPONENTS)
     assert not any(report.problem for report in reports)
     assert all(report.n_tensors > 10 for report in reports)
@@ -200,7 +200,7 @@ def test_verify_says_what_is_wrong_of_every_component(tiny: Path, tmp_path: Path
     save_file({**tensors, "conv1.bias": torch.zeros(7), "extra": torch.zeros(1)}, vae)
     text.write_bytes(text.read_bytes()[:-1])
     image.unlink()
-    dit, vae_report, text_report, image_report, speech = verify(find(model))
+    dit, vae_report, text_report, image_report, speech = verify_folder(find(model))
     assert not dit.problem
     assert not speech.problem
     assert vae_report.missing == ["conv2.bias"]
@@ -218,7 +218,7 @@ def test_verify_reads_no_tensor(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr(tensors.SafetensorsSource, "read", read)
-    assert not any(report.problem for report in verify(find(tiny)))
+    assert not any(report.problem for report in verify_folder(find(tiny)))
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, snapshot_download: Any) -> None:

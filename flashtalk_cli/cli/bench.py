@@ -43,7 +43,7 @@ def bench(
     """Time chunks on this machine: hearing, denoising, decoding, and what the next chunk needs."""
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
-    from flashtalk_cli.config import BenchJob
+    from flashtalk_cli.config import BenchJob, Preset
     from flashtalk_cli.events import Event
     from flashtalk_cli.media.audio import prepare_speech
     from flashtalk_cli.models.folder import resolve
@@ -51,7 +51,7 @@ def bench(
 
     overrides = [parse_set(text) for text in sets or ()]
     overrides += [Override("model.weights", weights, "--weights")] if weights else []
-    chosen = load(preset, overrides)
+    chosen: Preset = load(preset, overrides)
     model = chosen.model
     resolve(model.name, model.speech_encoder, random=model.weights == "random")
     log.setup(debug=debug)

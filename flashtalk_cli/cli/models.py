@@ -55,11 +55,12 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check that a model has every file and tensor, of the right shapes. Loads nothing."""
-    from flashtalk_cli.models import folder
+    from flashtalk_cli.models.folder import find
+    from flashtalk_cli.models.verify import verify_folder
 
-    found = folder.find(name)
+    found = find(name)
     absent = found.missing()
-    reports = folder.verify(found)
+    reports = verify_folder(found)
     for report in reports:
         said = report.problem or f"{report.n_tensors} tensors, as expected"
         typer.echo(f"{report.component:<7} {', '.join(report.files) or '-'}: {said}")

@@ -35,7 +35,6 @@ from flashtalk_cli.models.speech import (
     speech_name,
 )
 from flashtalk_cli.models.tensors import (
-    Difference,
     Layout,
     Source,
     View,
@@ -118,17 +117,6 @@ def load_speech_encoder(
     module = _loaded(plan, device, dtype, random, seed)
     fold_weight_norm(module)
     return SpeechEncoder(module)
-
-
-def compare(folder: ModelFolder, component: Component) -> tuple[int, Difference]:
-    """Number of tensors in a component's files, and how they differ from what is expected.
-
-    Reads headers only. Raises ModelError for files that are absent or broken.
-    """
-    plan = plan_of(folder, component, random=False)
-    assert plan.source is not None
-    found = plan.source.shapes
-    return len(found), Difference.of(found, plan.layout.shapes(plan.module))
 
 
 @dataclass(frozen=True)
