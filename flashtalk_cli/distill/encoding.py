@@ -80,15 +80,14 @@ class Encoders:
     @torch.no_grad()
     def encode_windows(self, frames: Tensor) -> Tensor:
         """Frames uint8 [N, F, H, W, 3] to latents float16 [N, 16, T, h, w], on the CPU."""
-        n = max(1, AREA_AT_ONCE_PX // (frames.shape[2] * frames.shape[3]))
-        return torch.cat([self._latents(as_video(some, self.device)).cpu() for some in frames.split(n)])
+        some_at_once = frames.chunk(_pieces(len(frames), frames.shape[2] * frames.shape[3]))
+        return torch.cat([self._latents(as_video(some, self.device)).cpu() for some in some_at_once])
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> dict[str, Tensor]:
         """Pictures uint8 [M, H, W, 3] to `picture`, `tokens` and `colour` of a shard, on the CPU."""
-        n = max(1, AREA_AT_ONCE_PX // (pictures.shape[1] * pictures.shape[2]))
         found: dict[str, list[Tensor]] = {"picture": [], "tokens": [], "colour": []}
-        for some in pictures.split(n):
+        for some in pictures.chunk(_pieces(len(pictures), pictures.shape[1] * pictures.shape[2])):
             video = as_video(some[:, None], self.device)
             unseen = video.new_zeros(*video.shape[:2], self.base.sampling.chunk_frames - 1, *video.shape[3:])
             found["picture"].append(self._latents(torch.cat([video, unseen], dim=2)).cpu())
@@ -105,22 +104,23 @@ class Encoders:
         pixels = torch.cat([image_models.normalise(one, self.image.params.image_px) for one in pictures])
         return image_models.tokens(self.image.module, pixels.to(weight.dtype)).half()
 
+    def sounds(self, clip: Clip, starts: Sequence[int]) -> np.ndarray:
+        """What is heard around windows that begin at those frames of a clip: float32 [N, samples]."""
+        spans = [heard_from(start, self.base.sampling, self.base.hearing) for start in starts]
+        cuts = [(clip.origin + span.start_sample, clip.origin + span.stop_sample) for span in spans]
+        return np.stack([cut_sound(clip.samples, *cut) for cut in cuts])
+
     @torch.no_grad()
-    def hear(self, clip: Clip, starts: Sequence[int]) -> Tensor:
-        """Speech around windows that begin at those frames: float16 [N, F + 4, layers, dim], on the CPU."""
-        sampling, hearing = self.base.sampling, self.base.hearing
-        spans = [heard_from(start, sampling, hearing) for start in starts]
-        sounds = [
-            cut_sound(clip.samples, clip.origin + span.start_sample, clip.origin + span.stop_sample)
-            for span in spans
-        ]
+    def hear(self, sounds: np.ndarray) -> Tensor:
+        """What `sounds` gave, as features: float16 [N, F + 4, layers, dim], on the CPU."""
+        sampling = self.base.sampling
+        span = heard_from(0, sampling, self.base.hearing)
         frames = torch.arange(sampling.chunk_frames + WINDOW_FRAMES - 1) - WINDOW_FRAMES // 2
-        rows = (spans[0].first_frame + frames).clamp(0, spans[0].n_frames - 1).to(self.device)
-        stacked = torch.from_numpy(np.stack(sounds))
+        rows = (span.first_frame + frames).clamp(0, span.n_frames - 1).to(self.device)
         return torch.cat(
             [
-                self.speech.encode_each(some.to(self.device), spans[0].n_frames)[:, rows].half().cpu()
-                for some in stacked.split(SOUNDS_AT_ONCE)
+                self.speech.encode_each(some.to(self.device), span.n_frames)[:, rows].half().cpu()
+                for some in torch.from_numpy(sounds).split(SOUNDS_AT_ONCE)
             ]
         )
 
@@ -145,7 +145,7 @@ class Encoders:
             keep(
                 frames=windows,
                 pictures=clip.frames[torch.tensor(shown)],
-                heard=self.hear(clip, starts),
+                sounds=torch.from_numpy(self.sounds(clip, starts)),
                 start=torch.tensor(starts),
                 clip=torch.full((n,), number),
                 text=torch.full((n,), clip.prompt),
@@ -156,7 +156,8 @@ class Encoders:
         whole = {name: torch.cat(found) for name, found in parts.items()}
         latents = self.encode_windows(whole.pop("frames"))
         pictures = self.encode_pictures(whole.pop("pictures"))
-        return as_stored({**whole, **pictures, "latents": latents})
+        heard = self.hear(whole.pop("sounds").numpy())
+        return as_stored({**whole, **pictures, "latents": latents, "heard": heard})
 
 
 def origin_of(folder: ModelFolder, base: Preset, prompts: list[str]) -> Origin:
@@ -169,6 +170,11 @@ def origin_of(folder: ModelFolder, base: Preset, prompts: list[str]) -> Origin:
         encoders=digest_of(folder),
         prompts=prompts,
     )
+
+
+def _pieces(n: int, area_px: int) -> int:
+    """Equal pieces that n videos go through the VAE in."""
+    return -(-n * area_px // AREA_AT_ONCE_PX)
 
 
 def window_starts(n_frames: int, chunk_frames: int, new_frames: int) -> list[int]:

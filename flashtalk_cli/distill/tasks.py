@@ -14,8 +14,10 @@ from torch import Generator
 
 from flashtalk_cli.distill import memory, networks, shards
 from flashtalk_cli.distill.adapt import AdaptStage
-from flashtalk_cli.distill.config import TrainJob
+from flashtalk_cli.distill.config import Optimiser, TrainJob
+from flashtalk_cli.distill.dmd import DistillStage
 from flashtalk_cli.distill.encoding import Encoders, origin_of
+from flashtalk_cli.distill.export import export, note_of, weights_of
 from flashtalk_cli.distill.optimise import Trained
 from flashtalk_cli.distill.pool import Pool, open_pool
 from flashtalk_cli.distill.trainer import Course, train
@@ -24,9 +26,9 @@ from flashtalk_cli.events import Emitter
 from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.folder import ModelFolder, find
+from flashtalk_cli.models.tensors import open_files
+from flashtalk_cli.models.weights import load_vae
 from flashtalk_cli.parallel.ranks import Ranks
-
-TRAINABLE_KERNELS = "cudnn"  # of those that `auto` looks for, the fastest with a backward pass
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Work:
         network = self.job.preset.network
         name = self.job.base.compute.attention
         if name == "auto":
-            name = "cudnn" if self.ranks.device.type == "cuda" and network.dtype == "bfloat16" else "sdpa"
+            name = "sdpa"  # torch chooses among those that have a backward pass
         dtype = networks.DTYPES[network.dtype]
         return networks.build(self.params, network, choose_kernel(name, self.ranks.device, dtype))
 
@@ -120,7 +122,12 @@ class Work:
 def run(work: Work) -> int:
     """Do the job's task; the exit code."""
     _fast_matrices(work.ranks.device)
-    found: dict[str, Callable[[Work], int]] = {"people": make_people, "adapt": adapt}
+    found: dict[str, Callable[[Work], int]] = {
+        "people": make_people,
+        "adapt": adapt,
+        "distill": distill,
+        "export": export_run,
+    }
     return found[work.job.task](work)
 
 
@@ -215,3 +222,52 @@ def adapt(work: Work) -> int:
     shared, own = work.generators()
     stage = AdaptStage(trained, pool, preset.adapt, work.ranks.size, shared, own)
     return train(stage, work.course())
+
+
+def distill(work: Work) -> int:
+    """`train distill`: stage 2."""
+    preset, ranks, sampling = work.job.preset, work.ranks, work.job.base.sampling
+    stage = preset.distill
+    assert work.job.data is not None
+    assert work.job.teacher is not None
+    work.check_memory("stage 2", stage.micro_batch, trained=2, frozen=1, averaged=1)
+    pool = work.open_pool()
+    pool.check_chains(work.job.data, stage.chunks)
+    path = weights_of(work.job.teacher)
+
+    def network(*, trained: bool) -> DiT:
+        dit = work.build()
+        work.place(dit, trained=trained)
+        networks.read_weights(dit, open_files([path]))
+        return dit
+
+    def learning(optimiser: Optimiser, steps: int, ema_decay: float | None) -> Trained:
+        found = Trained(network(trained=True), optimiser, steps, ema_decay)
+        found.adopt()
+        return found
+
+    n_critic = stage.critic_warmup + stage.critic_updates * stage.steps
+    student = learning(stage.student, stage.steps, stage.ema_decay)
+    critic = learning(stage.critic, n_critic, None)
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    vae = load_vae(work.folder, ranks.device, dtype)
+    work.say(
+        "distill",
+        f"{stage.steps} steps of {stage.batch}, rollouts of 1 to {stage.chunks} chunks, from {path}",
+    )
+    shared, own = work.generators()
+    teacher = network(trained=False)
+    made = DistillStage(student, critic, teacher, vae, pool, stage, sampling, ranks.size, shared, own)
+    return train(made, work.course())
+
+
+def export_run(work: Work) -> int:
+    """`train export`: a run's weights into a model folder."""
+    job = work.job
+    assert job.source is not None
+    started_s = time.monotonic()
+    note = note_of(job.source)
+    work.say("export", f"{note.get('stage', '?')}, step {note.get('step', '?')}, into {job.out}")
+    files = export(job.source, job.out, work.folder)
+    work.emitter.emit("done", path=files[0], elapsed_s=time.monotonic() - started_s)
+    return 0
