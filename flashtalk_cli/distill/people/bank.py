@@ -30,6 +30,7 @@ from flashtalk_cli.distill.people.sentences import draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
 from flashtalk_cli.distill.people.voices import Utterance, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
+from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--held-out-hours", type=float, default=0.25)
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup(debug=True)
     make(given.into, "train", given.hours, given.workers)
     make(given.into, "held_out", given.held_out_hours, given.workers)
 

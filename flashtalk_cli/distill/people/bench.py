@@ -20,6 +20,7 @@ from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import ClipStream, Drawing, Plan, draw_plan, motion_of, render_clips
 from flashtalk_cli.distill.people.figure import pose
 from flashtalk_cli.distill.people.render import film, prepare, project
+from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--sheets", type=Path)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup(debug=True)
     bank = SpeechBank(given.bank, "train")
     drawing = Drawing(batch=given.batch)
     began = time.perf_counter()

@@ -116,10 +116,8 @@ def build(people: People, head: Head, *, strands: int) -> Figure:
     colour, kind, light = _colours(people, head, place)
     extras = [(hair.grow(people, rest, head, strands), HAIR)]
     extras.append((hair.grow_beard(people, rest, normals, max(64, strands // 3)), HAIR))
-    extras += [
-        (piece, THING)
-        for piece in wear.glasses(people, rest, head, place) + wear.collar(people, rest, head, place)
-    ]
+    for made in (wear.glasses, wear.collar, wear.earrings):
+        extras += [(piece, THING) for piece in made(people, rest, head, place)]
     weights = torch.cat([head.head_weight, torch.ones(len(head.joints), device=rest.device)])
     anchor = torch.cat([piece.anchor for piece, _ in extras])
     offset, faces = rest.shape[1], [head.faces]

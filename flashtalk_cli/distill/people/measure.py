@@ -25,6 +25,7 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate, smooth_l1_
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import Batch, ClipStream, Drawing
 from flashtalk_cli.errors import InputError
+from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--into", type=Path, default=METER_FILE)
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup(debug=True)
     meter = calibrate(SpeechBank(given.bank, "train"), given.device, given.seconds, given.workers)
     save_file({name: value.cpu().contiguous() for name, value in meter.state_dict().items()}, given.into)
     found = accuracy(meter, SpeechBank(given.bank, "held_out"), given.device)

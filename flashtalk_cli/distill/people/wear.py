@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from flashtalk_cli.distill.people.fabric import bare
 from flashtalk_cli.distill.people.hair import Ribbons
 from flashtalk_cli.distill.people.head import Head
-from flashtalk_cli.distill.people.palette import People, ramp
+from flashtalk_cli.distill.people.palette import People, linear, ramp
 
 RIM_POINTS, SECTION = 24, 5
 CLOTH_THICKNESS = {
@@ -122,40 +122,56 @@ def glasses(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Rib
     return pieces
 
 
+def earrings(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Ribbons]:
+    """A small ring in each earlobe."""
+    angle = torch.arange(10, device=rest.device) * (2 * math.pi / 10)
+    radius = 0.016 * people("earrings")[:, None].expand(-1, len(angle))
+    gold = linear(torch.tensor([0.85, 0.70, 0.40], device=rest.device)).expand(len(people.specs), 3)
+    ears = torch.nonzero(head.mask("ears") > 0.5).squeeze(1)
+    pieces = []
+    for sign in (1.0, -1.0):
+        side = ears[place[ears, 0] * sign > 0]
+        lobe = side[torch.argmin(place[side, 1])]
+        ring = torch.stack(
+            [0.02 * sign + 0 * angle, 0.055 * torch.cos(angle) - 0.03, 0.055 * torch.sin(angle)], -1
+        )
+        pieces.append(tube(rest[:, lobe, None] + ring, radius, gold, lobe, closed=True))
+    return pieces
+
+
+COLLARS = {  # height of the edge on the neck, how much lower in front, thickness; dm
+    "turtleneck": (-1.40, 0.05, 0.06),
+    "hoodie": (-1.66, 0.16, 0.09),
+    "shirt": (-1.52, 0.20, 0.055),
+    "suit": (-1.52, 0.20, 0.05),
+}
+COLLAR_POINTS = 28
+
+
 def collar(people: People, rest: Tensor, head: Head, place: Tensor) -> list[Ribbons]:
-    """The rolled edge of a turtleneck, a hood or a shirt round the neck."""
+    """The rolled edge of a turtleneck, a hood or a shirt: a tube laid on the skin round the neck."""
     device = rest.device
-    points = 28
-    angle = torch.arange(points, device=device) * (2 * math.pi / points)
-    heights = {"turtleneck": -1.40, "hoodie": -1.62, "shirt": -1.58, "suit": -1.58}
-    height = torch.tensor([heights.get(spec.garment, -1.6) for spec in people.specs], device=device)[:, None]
-    radius = torch.tensor(
-        [
-            {"turtleneck": 0.085, "hoodie": 0.13, "shirt": 0.06, "suit": 0.055}.get(s.garment, 0.0)
-            for s in people.specs
-        ],
-        device=device,
-    )
-    ring = torch.stack([torch.sin(angle), torch.zeros_like(angle), torch.cos(angle)], -1)
-    near_neck = ((place[: head.n_vertices, 1] + 1.5).abs() < 0.1) & (place[: head.n_vertices, 0].abs() < 0.6)
-    neck = rest[:, : head.n_vertices][:, near_neck]
-    centre = (neck.amin(1) + neck.amax(1)) / 2
-    reach = (neck.amax(1) - neck.amin(1)) / 2
+    angle = torch.arange(COLLAR_POINTS, device=device) * (2 * math.pi / COLLAR_POINTS)
     front = 0.5 + 0.5 * torch.cos(angle)
-    wide = torch.tensor(
-        [{"hoodie": 0.12, "turtleneck": 0.0}.get(s.garment, 0.03) for s in people.specs], device=device
-    )[:, None, None]
-    lift = centre[:, 1:2] + 1.58
-    drop = 0.10 + 0.12 * people.has("garment", "shirt", "suit")
-    path = centre[:, None] + ring * (reach[:, None] + wide)
-    path = torch.stack([path[..., 0], height + lift - drop * front, path[..., 2]], -1)
-    open_front = (
-        people.has("garment", "shirt", "suit") * torch.exp(-((torch.sin(angle) / 0.30) ** 2)) * (front > 0.5)
-    )
-    colour = people.colour("cloth")[:, 0].clone()
-    white = people.has("garment", "suit")
-    colour = colour + white * (torch.tensor([0.75, 0.77, 0.8], device=device) - colour)
-    anchor = torch.argmin(
-        (place[: head.n_vertices] - torch.tensor([0.0, -1.6, -0.48], device=device)).norm(dim=-1)
-    )
-    return [tube(path, radius[:, None] * (1 - open_front), colour, anchor, closed=True)]
+    paths, radii = [], []
+    skin = head.faces[head.of_part("skin")].unique()
+    skin = skin[(place[skin, 1] < -1.2) & (place[skin, 1] > -2.3) & (place[skin, 0].abs() < 1.1)]
+    for row, spec in enumerate(people.specs):
+        height, drop, radius = COLLARS.get(spec.garment, (-1.6, 0.0, 0.0))
+        wanted = torch.stack(
+            [0.62 * torch.sin(angle), height - drop * front, -0.9 + 0.6 * torch.cos(angle)], -1
+        )
+        nearest = torch.cdist(wanted, place[skin]).topk(4, largest=False).indices
+        path = rest[row, skin[nearest]].mean(1)
+        for _ in range(2):
+            path = 0.5 * path + 0.25 * (path.roll(1, 0) + path.roll(-1, 0))
+        opening = torch.exp(-((torch.sin(angle) / 0.30) ** 2)) * (front > 0.5)
+        opening = opening * float(spec.garment in ("shirt", "suit"))
+        paths.append(path)
+        radii.append(radius * (1 - opening))
+    colour = people.colour("cloth")[:, 0]
+    white = torch.tensor([0.75, 0.77, 0.8], device=device)
+    colour = torch.lerp(colour, white.expand_as(colour), people.has("garment", "suit"))
+    middle = torch.tensor([0.0, -1.6, -0.48], device=device)
+    anchor = torch.argmin((place[: head.n_vertices] - middle).norm(dim=-1))
+    return [tube(torch.stack(paths), torch.stack(radii), colour, anchor, closed=True)]
