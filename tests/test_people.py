@@ -90,7 +90,9 @@ def plain_person(seed: int = 5) -> PersonSpec:
 # --- the rasteriser
 
 
-def brute_force(screen: np.ndarray, faces: np.ndarray, height: int, width: int) -> np.ndarray:
+def brute_force(
+    screen: np.ndarray, faces: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Every sample against every triangle, in double precision."""
     best, found = np.zeros((height, width)), np.full((height, width), raster.NOTHING)
     y, x = np.mgrid[0:height, 0:width] + 0.5
@@ -104,7 +106,7 @@ def brute_force(screen: np.ndarray, faces: np.ndarray, height: int, width: int) 
         near = (1 - v - w) * az + v * bz + w * cz
         nearer = (v >= 0) & (w >= 0) & (v + w <= 1) & (near > best)
         best[nearer], found[nearer] = near[nearer], number
-    return found
+    return found, best
 
 
 @settings(max_examples=20, deadline=None)
@@ -117,8 +119,9 @@ def test_rasteriser_sees_what_brute_force_sees(seed: int, height: int, width: in
     screen[0, 0, 2] = -1
     faces = rng.integers(0, 30, (25, 3))
     index, near = raster.rasterise_plain(torch.from_numpy(screen), torch.from_numpy(faces), height, width)
-    truth = brute_force(screen[0], faces, height, width)
-    astray = (index[0].numpy() != truth).sum()
+    truth, truly_near = brute_force(screen[0], faces, height, width)
+    # triangles of the same corners cover each other: either may be named, but as near as the truth
+    astray = ((index[0].numpy() != truth) & (np.abs(near[0].numpy() - truly_near) > 1e-5)).sum()
     assert astray <= 2 + 0.005 * height * width  # samples on an edge may fall to either side
     assert ((near > 0) == (index != raster.NOTHING)).all()
 
