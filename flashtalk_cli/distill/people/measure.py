@@ -133,14 +133,14 @@ def calibrate(bank: SpeechBank, device: str, seconds: float, workers: int) -> Mo
     """Trains the instrument on rendered people for about so many seconds."""
     meter = MouthMeter().to(device)
     optimiser = torch.optim.AdamW(meter.parameters(), lr=2e-3, weight_decay=1e-3)
-    drawing = Drawing(n_frames=33, batch=16)
+    drawing = Drawing(n_frames=33, batch=48)
     began, losses = time.perf_counter(), []
     kept: list[tuple[Tensor, Tensor]] = []
     for batch in ClipStream(bank, drawing, first=2_000_000, device=device, workers=workers):
         done = (time.perf_counter() - began) / seconds
         if done >= 1:
             break
-        kept = [*kept[-24:], _training_pair(batch)]
+        kept = [*kept[-8:], _training_pair(batch)]
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, 20 * done + 0.02, 1.02 - done)
         for _ in range(4):

@@ -20,8 +20,8 @@ FPS = 25
 FINE_HZ = 200
 REACH_S = {
     "jaw": 0.055,
-    "closed": 0.024,
-    "tuck": 0.028,
+    "closed": 0.018,
+    "tuck": 0.022,
     "round": 0.060,
     "funnel": 0.055,
     "spread": 0.055,
