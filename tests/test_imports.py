@@ -48,7 +48,7 @@ LIGHT_MODELS = {
 LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
-    "launch.py": {"OMP_WAIT_POLICY"},
+    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT"},
     "worker.py": None,
 }  # None: torchrun's own
 
