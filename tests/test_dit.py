@@ -25,8 +25,10 @@ from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA, choose_kernel
 from flashtalk_cli.models.audio import AudioProjector
 from flashtalk_cli.models.dit import AudioContext, Context, DiT, DitParams, Layout, modulate
-from flashtalk_cli.parallel.mesh import Mesh
+from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import Attend, Sequence
+from flashtalk_cli.parallel.spatial import WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("FLASHTALK_REFERENCE") or ROOT.parent / "shared" / "reference")
@@ -443,7 +445,7 @@ def test_a_run_of_tokens_hears_what_it_hears_in_the_whole(data: st.DataObject) -
     layer = random_dit().blocks[0].audio_cross_attn
     x = torch.randn(b, frames * size, SMALL.dim)
     audio = layer.keys(torch.randn(b, frames, SMALL.context_tokens, SMALL.output_dim))
-    whole = Layout(torch.empty(0), size, (0, frames * size), Sequence(), SDPA)
+    whole = Layout(torch.empty(0), size, (0, frames * size), frames * size, Sequence(), SDPA)
     run = torch.cat([x[:, start:stop], torch.full((b, padding, SMALL.dim), torch.nan)], dim=1)
     with torch.no_grad():
         expected = layer(x, audio, whole)[:, start:stop]
@@ -465,7 +467,7 @@ def test_audio_attention_by_definition() -> None:
         k, v = heard @ weight[:width].T + bias[:width], heard @ weight[width:].T + bias[width:]
         for head in (slice(i * d, (i + 1) * d) for i in range(SMALL.num_heads)):
             out[0, token, head] = torch.softmax(k[:, head] @ q[head] / d**0.5, 0) @ v[:, head]
-    layout = Layout(torch.empty(0), size, (0, frames * size), Sequence(), SDPA)
+    layout = Layout(torch.empty(0), size, (0, frames * size), frames * size, Sequence(), SDPA)
     torch.testing.assert_close(layer(x, layer.keys(tokens), layout), layer.proj(out))
 
 
@@ -495,11 +497,10 @@ class Meeting:
 class ThreadSequence(Sequence):
     """A sequence over threads: runs of equal length, the last one padded."""
 
-    meeting: Meeting = field(default_factory=lambda: Meeting(1))
-    length: int = 0
-
-    def __post_init__(self) -> None:
-        pass
+    size: int
+    rank: int
+    meeting: Meeting
+    length: int
 
     @property
     def run(self) -> int:
@@ -515,8 +516,8 @@ class ThreadSequence(Sequence):
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         return torch.cat(self.meeting.exchange(self.rank, x), dim).narrow(dim, 0, length)
 
-    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return kernel(q, self.gather(k, 1, self.length), self.gather(v, 1, self.length))
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        return kernel(q, self.gather(k, 1, length), self.gather(v, 1, length))
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
@@ -545,15 +546,13 @@ def test_ranks_together_compute_what_one_computes(size: int) -> None:
 
 def test_one_rank_is_the_identity() -> None:
     """Contract: nothing is copied, padded or changed when nobody shares the work."""
-    mesh = Mesh()
+    mesh = choose_mesh(Ranks(torch.device("cpu")), heads=4, height=2, width=3)
     x = torch.randn(2, 3)
-    assert mesh.leads
+    assert mesh.tiles is WHOLE
     assert mesh.sequence.shard(x, 0) is x
     assert mesh.sequence.gather(x, 1, 3) is x
-    assert mesh.sequence.attend(lambda q, k, v: v, x, x, x) is x
+    assert mesh.sequence.attend(lambda q, k, v: v, x, x, x, 3) is x
     assert mesh.sequence.span(7) == (0, 7)
-    with pytest.raises(AssertionError):
-        _ = Mesh(2, 1).sequence
 
 
 def test_conditions_are_values() -> None:

@@ -245,7 +245,8 @@ class Wall:
 class ThreadTiles(Tiles):
     """A grid of tiles, a thread each."""
 
-    wall: Wall | None = None
+    rank: int
+    wall: Wall
 
     def halo(self, x: Tensor, before: int, after: int) -> tuple[Tensor, tuple[int, int]]:
         frames, top, left = self.wall.whole(self.rank, x)
@@ -264,7 +265,7 @@ def in_tiles(run: Callable, x: Tensor, heights: list[int], widths: list[int]) ->
 
     def one(rank: int) -> Tensor:
         with torch.no_grad():  # of this thread only
-            return run(tiles[rank], tiles=ThreadTiles(len(tiles), rank, wall))[0]
+            return run(tiles[rank], tiles=ThreadTiles(rank, wall))[0]
 
     with ThreadPoolExecutor(len(tiles)) as pool:
         done = list(pool.map(one, range(len(tiles))))

@@ -123,6 +123,7 @@ class Layout:
     rotation: Tensor  # [tokens held here, head_dim / 2, 2], see rope
     frame_tokens: int  # tokens of a latent frame
     span: tuple[int, int]  # the real tokens held here; what is held beyond them is padding
+    length: int  # real tokens of the video
     par: Sequence
     kernel: AttentionKernel
 
@@ -196,7 +197,7 @@ class DiT(nn.Module):
         length = tokens.shape[1]
         e, modulation = self._embed_time(t)
         rotation = rotation_table(grid, self.params.head_dim, tokens.device)
-        layout = Layout(par.shard(rotation, 0), grid[1] * grid[2], par.span(length), par, self.kernel)
+        layout = Layout(par.shard(rotation, 0), grid[1] * grid[2], par.span(length), length, par, self.kernel)
 
         tokens = par.shard(tokens, 1)
         for block, text, image, heard in zip(
@@ -286,7 +287,7 @@ class SelfAttention(nn.Module):
             for linear, norm in ((self.q, self.norm_q), (self.k, self.norm_k))
         )
         v = _heads(self.v(x), self.num_heads)
-        return self.o(layout.par.attend(layout.kernel, q, k, v).flatten(2))
+        return self.o(layout.par.attend(layout.kernel, q, k, v, layout.length).flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -347,6 +348,8 @@ class AudioCrossAttention(nn.Module):
         it up to whole frames with zero queries and drops what they got; padding gets zeros.
         """
         (start, stop), size = layout.span, layout.frame_tokens
+        if start == stop:
+            return torch.zeros_like(x)
         first, last = start // size, -(-stop // size)
         before, real = start - first * size, stop - start
         padding = x.shape[1] - real

@@ -1,17 +1,26 @@
 """The processes of a run that torchrun started, or the one process of a run that it did not.
 
-Joining and leaving the process group happens here and nowhere else; a worker does it once.
+Process groups are made and ended here and nowhere else; a worker joins once and leaves once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-PEER_TIMEOUT_S = 600  # a rank that waits longer for the others gives up
+from flashtalk_cli.errors import DeviceError
+from flashtalk_cli.parallel.group import ALONE, Group
+
+# A rank that waits longer for the others gives up. A peer that dies is noticed at once, by its closed
+# connection or by torchrun; this bounds what hangs, and must outlast a first compilation on one rank.
+PEER_TIMEOUT_S = 600
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,28 @@ class Ranks:
         """Whether this is the rank that reports and writes what is written once."""
         return self.rank == 0
 
+    @property
+    def everyone(self) -> Group:
+        """All ranks, as a group."""
+        return ALONE if self.size == 1 else Group(self.size, self.rank, dist.group.WORLD)
+
+    def split(self, parts: Sequence[Sequence[int]]) -> Group:
+        """The group of this rank, where `parts` says which ranks are together: each rank in exactly one.
+
+        All ranks must call this with the same parts. The order within a part numbers its group.
+        """
+        assert sorted(rank for part in parts for rank in part) == list(range(self.size))
+        own = next(part for part in parts if self.rank in part)
+        if len(own) == self.size:
+            assert list(own) == sorted(own)
+            return self.everyone
+        handles = {tuple(part): self._new_group(part) for part in parts if len(part) > 1}
+        return Group(len(own), list(own).index(self.rank), handles[tuple(own)]) if len(own) > 1 else ALONE
+
+    @staticmethod
+    def _new_group(part: Sequence[int]) -> dist.ProcessGroup:
+        return dist.new_group(list(part), timeout=timedelta(seconds=PEER_TIMEOUT_S))
+
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
@@ -36,7 +67,7 @@ class Ranks:
         """Whether it is so on any rank: the same answer on all."""
         if self.size == 1:
             return here
-        flag = torch.tensor([float(here)], device=self.device)
+        flag = torch.tensor([float(here)])  # on the CPU: no rank waits for its GPU
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
@@ -47,6 +78,15 @@ class Ranks:
             values /= self.size
         return values
 
+    def from_leader(self, value: T | None) -> T:
+        """What rank 0 gives, on every rank; the others give None. Tensors in it must be on the CPU."""
+        if self.size == 1:
+            assert value is not None
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
     def leave(self) -> None:
         """Leave the process group."""
         if self.size > 1:
@@ -54,14 +94,21 @@ class Ranks:
 
 
 def join(device: torch.device) -> Ranks:
-    """Join the run's process group, when torchrun started this process; each rank takes a GPU of its own."""
+    """Join the run's process group, when torchrun started this process; each rank takes a GPU of its own.
+
+    Tensors on a GPU travel by NCCL, and tensors on the CPU, which coordinate, by gloo.
+    Raises DeviceError when there are fewer GPUs than ranks.
+    """
     if not dist.is_torchelastic_launched():
         return Ranks(device)
     timeout = timedelta(seconds=PEER_TIMEOUT_S)
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
+        local_rank, have = dist.get_node_local_rank(), torch.cuda.device_count()
+        if local_rank >= have:
+            raise DeviceError(f"more ranks than GPUs: this machine has {have}; lower --gpus, or take all")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     return Ranks(device, dist.get_world_size(), dist.get_rank())

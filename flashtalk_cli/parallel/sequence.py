@@ -5,30 +5,30 @@ things to it: *shard* the tokens before the first block, *attend* in self-attent
 place where a token meets the others), *gather* after the last. With one rank each of them
 is the identity.
 
-A rank holds a run of neighbouring tokens. Where the tokens do not divide by the ranks, the
-last runs are filled up with padding, so a rank may hold more tokens than `span` says are
-real; padding is never attended to and never gathered.
+A rank holds a run of neighbouring tokens, all runs of one length. Where the tokens do not divide
+by the ranks, the end is filled up with zeros once, so a rank may hold more tokens than `span` says
+are real, or none that is real; padding is never attended to and never gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
+import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
+
+from flashtalk_cli.parallel.group import ALONE, Group
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """How a sequence of tokens is spread over `size` ranks, seen from `rank`."""
-
-    size: int = 1
-    rank: int = 0
-
-    def __post_init__(self) -> None:
-        assert (self.size, self.rank) == (1, 0), "one rank holds the whole sequence"
+    """How a sequence of tokens is spread over ranks: here one rank, and it holds all."""
 
     def span(self, length: int) -> tuple[int, int]:
         """First and one past the last of the real tokens held here, of `length` in all."""
@@ -38,10 +38,92 @@ class Sequence:
         """This rank's run of tokens along `dim`, padded to the run length that all ranks share."""
         return x
 
-    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of this rank's queries to the keys of all; each [B, N held here, heads, head_dim]."""
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        """Attention of this rank's queries to the keys of all `length` real tokens.
+
+        q, k, v and the result: [B, tokens held here, heads, head_dim].
+        """
         return kernel(q, k, v)
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """All `length` real tokens along `dim`, in order, on every rank."""
         return x
+
+
+UNDIVIDED = Sequence()
+
+
+@dataclass(frozen=True)
+class UlyssesRing(Sequence):
+    """A grid of ranks: `ulysses` neighbours share heads, `ring` such groups share keys and values.
+
+    Self-attention needs every key for every query, but only head by head. So the ranks of an Ulysses
+    group swap: each gives away its tokens of the other ranks' heads and gets all of the group's tokens
+    for heads of its own, in one all-to-all for q, k and v together and one for what comes out. That
+    moves 4 / size of the activations, and it works for as many ranks as divide the heads.
+
+    The rest is along the ring: the groups keep their queries, and keys and values go round. Here they
+    are gathered at once and not passed on neighbour by neighbour: the same bytes in one collective
+    in place of size - 1, and one plain softmax, where a ring must merge partial ones. Its price
+    is memory for all keys and values of a rank's heads in one layer.
+
+    Ranks are numbered along Ulysses groups first, so that a group's tokens are a run too.
+    """
+
+    everyone: Group = ALONE
+    ulysses: Group = ALONE
+    ring: Group = ALONE
+
+    def __post_init__(self) -> None:
+        assert self.ulysses.size * self.ring.size == self.everyone.size
+        assert self.ring.rank * self.ulysses.size + self.ulysses.rank == self.everyone.rank
+
+    def span(self, length: int) -> tuple[int, int]:
+        """First and one past the last of the real tokens held here; equal where there is none."""
+        return span(length, self.everyone.size, self.everyone.rank)
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's run of tokens along `dim`, padded to the run length that all ranks share."""
+        start, stop = self.span(x.shape[dim])
+        padding = run_length(x.shape[dim], self.everyone.size) - (stop - start)
+        run = x.narrow(dim, start, stop - start)
+        return F.pad(run, (0, 0) * (x.ndim - 1 - dim % x.ndim) + (0, padding)) if padding else run
+
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        """Attention of this rank's queries to the keys of all `length` real tokens."""
+        assert not (torch.is_grad_enabled() and q.requires_grad), "no gradient goes through collectives"
+        if self.ulysses.size > 1:
+            packed = rearrange(
+                torch.stack([q, k, v]), "three b n (u h) d -> u three b n h d", u=self.ulysses.size
+            )
+            swapped = self.ulysses.all_to_all(packed)
+            q, k, v = rearrange(swapped, "u three b n h d -> three b (u n) h d")
+        if self.ring.size > 1:
+            gathered = self.ring.all_gather(torch.stack([k, v]))
+            k, v = rearrange(gathered, "r two b n h d -> two b (r n) h d")
+        out = kernel(q, k[:, :length], v[:, :length])
+        if self.ulysses.size > 1:
+            parts = rearrange(out, "b (u n) h d -> u b n h d", u=self.ulysses.size)
+            out = rearrange(self.ulysses.all_to_all(parts), "u b n h d -> b n (u h) d")
+        return out
+
+    def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
+        """All `length` real tokens along `dim`, in order, on every rank."""
+        runs = self.everyone.all_gather(x)
+        return torch.cat(runs.unbind(0), dim).narrow(dim, 0, length)
+
+
+def run_length(length: int, size: int) -> int:
+    """Tokens that each of `size` ranks holds of `length`, padding counted."""
+    return -(-length // size)
+
+
+def span(length: int, size: int, rank: int) -> tuple[int, int]:
+    """First and one past the last real token of a rank's run."""
+    run = run_length(length, size)
+    return min(length, rank * run), min(length, (rank + 1) * run)
+
+
+def ulysses_degree(size: int, heads: int) -> int:
+    """Ranks of an Ulysses group: as many as divide both the ranks and the heads; the ring gets the rest."""
+    return gcd(size, heads)

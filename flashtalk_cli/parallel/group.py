@@ -1,0 +1,80 @@
+"""Ranks that exchange tensors: the few collectives that this program is built on, as one small value.
+
+A group of one is the identity, so callers have one path. Whoever needs its peers holds a `Group`
+in a field; nobody asks a global for one. None of these can be differentiated through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Renamed in torch 2.13; the old name warns there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """`size` ranks, seen from the `rank`-th of them. Tensors may have any strides and any dtype."""
+
+    size: int = 1
+    rank: int = 0
+    handle: dist.ProcessGroup | None = None
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """x [size, ...], whose part i is for rank i, to [size, ...], whose part i came from rank i."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=self.handle)
+        return received
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Everybody's x [...], equal in shape, as [size, ...] on every rank."""
+        if self.size == 1:
+            return x[None]
+        flat = x.contiguous().flatten()
+        received = flat.new_empty(self.size * flat.numel())
+        _all_gather(received, flat, group=self.handle)
+        return received.view(self.size, *x.shape)
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        """Everybody's x [...], equal in shape, as [size, ...] on rank 0; None on the others."""
+        if self.size == 1:
+            return x[None]
+        received = x.new_empty(self.size, *x.shape) if self.rank == 0 else None
+        parts = None if received is None else list(received)
+        dist.gather(x.contiguous(), parts, group=self.handle, group_dst=0)
+        return received
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of everybody's x, on every rank."""
+        if self.size == 1:
+            return x
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.handle)
+        return total
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        """Send a tensor to each of some ranks, and fill a contiguous one from each of some ranks.
+
+        What one rank sends to another, that one must expect in the same call, in shape and dtype.
+        """
+        operations = [
+            *(
+                dist.P2POp(dist.isend, x.contiguous(), group=self.handle, group_peer=peer)
+                for peer, x in outgoing.items()
+            ),
+            *(dist.P2POp(dist.irecv, x, group=self.handle, group_peer=peer) for peer, x in incoming.items()),
+        ]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+
+ALONE = Group()
