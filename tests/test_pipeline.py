@@ -189,6 +189,22 @@ def test_frames_come_before_the_chunk_ends(tiny: dict) -> None:
     assert sizes == [4] * 7
 
 
+@pytest.mark.parametrize(("chunk", "motion"), [(9, 5), (13, 9), (33, 1), (17, 13)])
+def test_any_share_of_motion_frames(tiny: dict, chunk: int, motion: int) -> None:
+    """Also chunks that add fewer frames than the next one continues: the rest of them is older."""
+    from dataclasses import replace
+
+    from flashtalk_cli.pipeline.session import begin, step
+
+    models = replace(tiny["models"], sampling=Sampling(steps=1, chunk_frames=chunk, motion_frames=motion))
+    conditions = replace(tiny["conditions"][0], y=tiny["conditions"][0].y[:, :, : 1 + (chunk - 1) // 4])
+    state = begin(conditions, 1)
+    for windows in tiny["windows"][:2]:
+        video, state = collect(step(models, conditions, state, windows[:, :chunk]))
+        assert video.shape[2] == chunk - motion
+        assert state.motion.shape[2] == 1 + (motion - 1) // 4
+
+
 def test_seed_decides(tiny: dict) -> None:
     """The same seed gives the same frames, another seed others."""
     from flashtalk_cli.pipeline.session import begin, step, to_bytes

@@ -123,12 +123,16 @@ def step(
     )
     mark("denoise")
     primed = 1 + (sampling.motion_frames - 1) // 4
-    _, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
-    tail: list[Tensor] = []
+    video, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
+    tail = (
+        [match_colour(video, conditions.colour, sampling.colour_strength)]
+        if sampling.new_frames < sampling.motion_frames
+        else []
+    )  # else new frames suffice
     for latent in latents[:, :, primed:].split(1, dim=2):
         video, decoder = models.vae.decode(latent, decoder, tiles=models.tiles)
         video = match_colour(video, conditions.colour, sampling.colour_strength)
-        tail = [*tail, video][-(1 + sampling.motion_frames // 4) :]
+        tail = [*tail, video][-(1 + primed) :]
         yield video
     mark("decode")
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
