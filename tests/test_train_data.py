@@ -47,14 +47,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Encoders, list
     folder = tmp_path_factory.mktemp("data")
     _, base = load_presets(write_presets(folder / "presets"))
     encoders = Encoders(find(base.model.name), base, CPU)
-    lengths = [5 + 4 * N_CHUNKS, 5 + 4 * 2]
+    lengths = [5 + 8 * N_CHUNKS, 5 + 8 * 2]
     clips = [invented_clip(i, n) for i, n in enumerate(lengths)]
     origin = encoders.origin(["A person."])
     shards.write_texts(folder, encoders.encode_prompts(origin.prompts))
     for number, clip in enumerate(clips):
         shards.write_shard(folder, (SIDE_PX, SIDE_PX), number, encoders.encode([clip], 2))
     shards.write_origin(folder, origin.model_copy(update={"clips": 2}))
-    pool = open_pool(folder, 5, 4, CPU, "never")
+    pool = open_pool(folder, 5, 8, CPU, "never")
     return folder, encoders, clips, pool
 
 
@@ -63,7 +63,7 @@ def test_a_chunk_hears_in_training_what_it_hears_in_use(made) -> None:
     _, encoders, clips, pool = made
     sampling, hearing = encoders.base.sampling, encoders.base.hearing
     stored = windows_of(pool.buckets[0].rows["heard"].take(torch.arange(N_CHUNKS)))
-    for index, start in enumerate(window_starts(5 + 4 * N_CHUNKS, 9, 4)):
+    for index, start in enumerate(window_starts(5 + 8 * N_CHUNKS, 13, 8)):
         heard = chunks.heard_from(start, sampling, hearing)
         clip = clips[0]
         sound = np.zeros(heard.stop_sample - heard.start_sample, np.float32)
@@ -109,7 +109,7 @@ def test_a_windows_first_latents_are_its_motion_latents(made) -> None:
     """The VAE is causal: the first frame alone, and the first five alone, give the window's beginning."""
     _, encoders, clips, pool = made
     window = pool.buckets[0].rows["latents"].take(torch.tensor([1])).float()
-    frames = clips[0].frames[4:9].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    frames = clips[0].frames[8:13].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     motion, _ = encoders.vae.encode(frames)
     first, _ = encoders.vae.encode(frames[:, :, :1])
     torch.testing.assert_close(window[:, :, :2], motion, rtol=2e-3, atol=2e-3)
@@ -203,7 +203,7 @@ def test_examples_of_another_model_are_refused(made, tmp_path: Path) -> None:
     other = wanted.model_copy(update={"encoders": {**wanted.encoders, "vae": "0" * 16}})
     with pytest.raises(InputError, match="another model's vae encoder"):
         shards.check_origin(folder, found, other)
-    with pytest.raises(InputError, match="chunk_frames 9, the preset has 33"):
+    with pytest.raises(InputError, match="chunk_frames 13, the preset has 33"):
         shards.check_origin(folder, found, wanted.model_copy(update={"chunk_frames": 33}))
     with pytest.raises(InputError, match="no folder of examples"):
         shards.read_origin(tmp_path)

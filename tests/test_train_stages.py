@@ -47,19 +47,19 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainPreset, Di
 
     tensors = {"start": [], "clip": [], "picture_clip": [], "picture_frame": []}
     for clip in range(3):
-        tensors["start"] += [0, 4, 8, 12, 16]
+        tensors["start"] += [0, 8, 16, 24, 32]
         tensors["clip"] += [clip] * 5
         tensors["picture_clip"] += [clip] * 2
-        tensors["picture_frame"] += [0, 16]
+        tensors["picture_frame"] += [0, 32]
     n, m = 15, 6
     still = normal(3, 16, 1, LATENT_PX, LATENT_PX).repeat_interleave(5, 0)
     shard = {name: torch.tensor(values) for name, values in tensors.items()}
     shard |= {
-        "latents": still.expand(-1, -1, 3, -1, -1) + 0.1 * normal(n, 16, 3, LATENT_PX, LATENT_PX),
-        "heard": normal(n, 13, params.audio_layers, params.audio_dim),
+        "latents": still.expand(-1, -1, 4, -1, -1) + 0.1 * normal(n, 16, 4, LATENT_PX, LATENT_PX),
+        "heard": normal(n, 17, params.audio_layers, params.audio_dim),
         "text": torch.zeros(n),
         "box": torch.tensor([16.0, 16.0, 48.0, 48.0]).expand(n, 4),
-        "picture": normal(m, 16, 3, LATENT_PX, LATENT_PX),
+        "picture": normal(m, 16, 4, LATENT_PX, LATENT_PX),
         "tokens": normal(m, 5, params.image_dim),
         "colour": normal(m, 2, 3).abs() * 10 + 20,
     }
@@ -70,14 +70,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainPreset, Di
     shards.write_origin(
         data,
         shards.Origin(
-            chunk_frames=9, motion_frames=5, fps=25, hearing=base.hearing, encoders={}, prompts=["x"]
+            chunk_frames=13, motion_frames=5, fps=25, hearing=base.hearing, encoders={}, prompts=["x"]
         ),
     )
     return folder, preset, params
 
 
 def pool_of(toy: tuple[Path, TrainPreset, DitParams]) -> Pool:
-    return open_pool(toy[0] / "data", 5, 4, CPU, "never")
+    return open_pool(toy[0] / "data", 5, 8, CPU, "never")
 
 
 def network(params: DitParams, dtype: str = "float32", seed: int = 0) -> DiT:
@@ -107,7 +107,7 @@ def distill_stage(toy: tuple[Path, TrainPreset, DitParams], **options: object) -
         student.dit.head.head.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(6))
     student.adopt()
     vae = load_vae(find(str(folder / "presets" / "model")), CPU, torch.float32)
-    sampling = Sampling(chunk_frames=9, motion_frames=5)
+    sampling = Sampling(chunk_frames=13, motion_frames=5)
     generators = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     return dmd.DistillStage(student, critic, teacher, vae, pool_of(toy), stage, sampling, 1, *generators)
 
@@ -258,13 +258,13 @@ def test_stage_2_brings_the_student_to_the_teacher(toy) -> None:
     def miss() -> float:
         """Error of the student's one-step guess against the teacher's."""
         talk = stage.pool.buckets[0].draw_talk(8, 1, torch.Generator().manual_seed(3))
-        x = torch.randn(8, 16, 3, LATENT_PX, LATENT_PX, generator=torch.Generator().manual_seed(4))
+        x = torch.randn(8, 16, 4, LATENT_PX, LATENT_PX, generator=torch.Generator().manual_seed(4))
         with torch.no_grad():
             guesses = [dmd.predictor(dit, talk, 0)(x, 0.9) for dit in (stage.student.dit, stage.teacher)]
         return (guesses[0] - guesses[1]).square().mean().item()
 
     before = miss()
-    for _ in range(25):
+    for _ in range(40):
         stage.step()
     assert miss() < 0.8 * before
 
@@ -283,7 +283,7 @@ def test_motion_options(toy, clean: bool, align: bool) -> None:
     assert torch.equal(seen.clean[:, :, :2], wanted)
     assert torch.equal(seen.x[:, :, :2], wanted) == clean
     assert torch.equal(seen.clean[:, :, 2:], made.clean[:, :, 2:])
-    assert seen.weight[:, 0, :, 0, 0].tolist() == [[0, 0, 1]] * 2
+    assert seen.weight[:, 0, :, 0, 0].tolist() == [[0, 0, 1, 1]] * 2
     low, high = made.interval
     assert (low, high) == (stage.points[2].item(), stage.points[1].item())
     assert low - 1e-5 <= seen.time.min()

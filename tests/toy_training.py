@@ -19,7 +19,7 @@ RENDER: dict[str, Any] = {
     "name": "toy",
     "description": "as small as it gets",
     "canvas": {"width_px": SIDE_PX, "height_px": SIDE_PX},
-    "sampling": {"chunk_frames": 9, "motion_frames": 5, "prompt": "A person."},
+    "sampling": {"chunk_frames": 13, "motion_frames": 5, "prompt": "A person."},
     "hearing": {"context_s": 2.0, "lookahead_s": 0.12},
     "precision": {"dit": "float32", "vae": "float32"},
     "compute": {"device": "cpu"},
@@ -41,7 +41,7 @@ TRAIN: dict[str, Any] = {
         "critic": OPTIMISER,
     },
     "keeping": {"log_every_steps": 1},
-    "evaluation": {"people": 1, "short_chunks": 2, "long_chunks": 3, "teacher_steps": 2, "window_s": 0.16},
+    "evaluation": {"people": 1, "short_chunks": 2, "long_chunks": 3, "teacher_steps": 2, "window_s": 0.32},
 }
 
 

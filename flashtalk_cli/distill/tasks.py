@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Generator
@@ -126,6 +127,7 @@ def run(work: Work) -> int:
         "people": make_people,
         "adapt": adapt,
         "distill": distill,
+        "eval": evaluate,
         "export": export_run,
     }
     return found[work.job.task](work)
@@ -271,3 +273,77 @@ def export_run(work: Work) -> int:
     files = export(job.source, job.out, work.folder)
     work.emitter.emit("done", path=files[0], elapsed_s=time.monotonic() - started_s)
     return 0
+
+
+def evaluate(work: Work) -> int:
+    """`train eval`: teacher and students on held-out people."""
+    from flashtalk_cli.distill import report
+    from flashtalk_cli.distill.drive import Method
+    from flashtalk_cli.distill.evaluate import Bench, Candidate, Interrupted, of_truth
+    from flashtalk_cli.distill.losses import Guidance
+    from flashtalk_cli.distill.measures import Reference
+    from flashtalk_cli.distill.panel import draw_panel
+
+    job, device = work.job, work.ranks.device
+    plan, stage = job.preset.evaluation, job.preset.distill
+    assert job.source is not None
+    started_s = time.monotonic()
+    encoders = Encoders(work.folder, job.base, device)
+    work.say("panel", f"{plan.people} held-out people, {plan.long_chunks} chunks each")
+    panel = draw_panel(encoders, job.source, plan)
+    vae = load_vae(work.folder, device, networks.DTYPES[job.base.precision.vae])
+
+    def network(run: Path) -> Callable[[], DiT]:
+        path = weights_of(run)
+
+        def load() -> DiT:
+            dit = work.build()
+            settings = job.preset.network.model_copy(
+                update={"compile": False, "dtype": "bfloat16" if device.type == "cuda" else "float32"}
+            )
+            networks.place(dit, settings, device, 1, trained=False)
+            networks.read_weights(dit, open_files([path]))
+            return dit
+
+        return load
+
+    candidates = []
+    if job.teacher is not None:
+        steered = Method(plan.teacher_steps, Guidance(stage.text_guidance, stage.audio_guidance))
+        teacher = network(job.teacher)
+        candidates += [
+            Candidate(f"teacher, {plan.teacher_steps} steps", teacher, steered, plan.long_chunks),
+            Candidate("teacher, 4 steps, not distilled", teacher, Method(4), plan.short_chunks),
+        ]
+    for run in job.students:
+        student = network(run)
+        candidates += [
+            Candidate(f"{run.name}, 4 steps", student, Method(4), plan.long_chunks),
+            Candidate(f"{run.name}, 2 steps", student, Method(2), plan.short_chunks),
+        ]
+    if not candidates:
+        raise InputError("nothing to evaluate: give --teacher, --student, or both")
+
+    def told(name: str, done: int, total: int) -> None:
+        work.emitter.emit("progress", name="eval", done=done, total=total, unit=f"chunks of {name}")
+
+    reference = Reference.of(panel.pictures, encoders.image, device)
+    bench = Bench(panel, vae, reference, plan, work.stop, told)
+    results = []
+    try:
+        for candidate in candidates:
+            work.say("eval", candidate.name)
+            results.append(bench.run(candidate))
+    except Interrupted:
+        work.emitter.emit("interrupted", path=None)
+        return INTERRUPTED_EXIT_CODE
+    truth = of_truth(panel, job.base.sampling.fps)
+    about = {"preset": job.preset.name, "evaluation": plan.model_dump(), "device": device_name(device)}
+    path = report.write(job.out, results, truth, panel, about)
+    work.emitter.emit("done", path=path, elapsed_s=time.monotonic() - started_s)
+    return 0
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

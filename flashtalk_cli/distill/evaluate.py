@@ -1,0 +1,191 @@
+"""`flashtalk train eval`: teacher and students on people and speech that no training has seen.
+
+    lips        10 s of each person against the generator's truth: correlation of the gap between the
+                lips with the true gap, and at which lag it is best; again at the end of a long rollout
+    rollouts    5 minutes on end: measures.py's five figures over time, first minute against last
+    silence     the same people with nothing to say: is the mouth shut, do they still move?
+
+Writes eval.json, eval.md, plots and film strips.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtalk_cli.distill.config import Evaluation
+from flashtalk_cli.distill.drive import Method, drive
+from flashtalk_cli.distill.measures import (
+    NAMES,
+    Lips,
+    Reference,
+    compare_lips,
+    gaps_of,
+    measure_frames,
+    mouth_crops,
+)
+from flashtalk_cli.distill.panel import Panel
+from flashtalk_cli.models.dit import DiT
+from flashtalk_cli.models.vae import Vae
+
+STRIP_TIMES = 8  # frames of a film strip, from the first to the last
+SILENT_CHUNKS = 6
+SEED = 7
+
+
+class Interrupted(Exception):
+    """Asked to end in the middle of a run."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network and a way to draw from it, under a name."""
+
+    name: str
+    dit: Callable[[], DiT]
+    method: Method
+    n_chunks: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of a candidate."""
+
+    name: str
+    method: Method
+    lips: Lips  # over the beginning
+    lips_at_end: Lips | None  # over a long rollout's last window
+    series: Tensor  # [seconds, 5]: NAMES, mean over people
+    first: dict[str, float]  # means over the first window
+    last: dict[str, float]  # and the last; of a short rollout the same
+    silent_gap: float  # mean gap in silence over the mouth's width
+    silent_life: float
+    chunk_s: float
+    gap: Tensor  # [P, frames of the beginning]
+    strip: Tensor  # uint8 [P, STRIP_TIMES, H, W, 3]
+    talking: Tensor  # uint8 [P, n, H, W, 3]: the first seconds
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        kept = {name: self.last[name] / self.first[name] if self.first[name] else None for name in NAMES}
+        return {
+            "name": self.name,
+            "steps": self.method.steps,
+            "evaluations": self.method.evaluations,
+            "seconds": len(self.series),
+            "lips": vars(self.lips),
+            "lips_at_end": vars(self.lips_at_end) if self.lips_at_end else None,
+            "first": self.first,
+            "last": self.last,
+            "last_over_first": kept,
+            "silent_gap": self.silent_gap,
+            "silent_life": self.silent_life,
+            "chunk_s": self.chunk_s,
+            "series": {name: self.series[:, i].tolist() for i, name in enumerate(NAMES)},
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What candidates are put to."""
+
+    panel: Panel
+    vae: Vae
+    reference: Reference
+    plan: Evaluation
+    stop: threading.Event
+    report: Callable[[str, int, int], None]  # name, chunks done, of how many
+
+    def run(self, candidate: Candidate) -> Result:
+        """Drive the panel with a candidate and measure. Raises Interrupted when asked to end."""
+        panel, plan = self.panel, self.plan
+        dit = candidate.dit()
+        sampling = panel.encoders.base.sampling
+        widths = panel.mouth_box[:, 2] - panel.mouth_box[:, 0]
+        n_shown = min(plan.short_chunks, candidate.n_chunks) * sampling.new_frames
+        n_frames = candidate.n_chunks * sampling.new_frames
+        wanted = [round(i * (n_frames - 1) / (STRIP_TIMES - 1)) for i in range(STRIP_TIMES)]
+        measured, crops, strip, talking = [], [], [], []
+        before = panel.pictures.to(panel.encoders.device)
+        started_s, at = time.monotonic(), 0
+        for index, frames in enumerate(self._drive(dit, candidate, panel)):
+            measured.append(measure_frames(frames, before, self.reference))
+            crops.append(mouth_crops(frames, panel.mouth_box))
+            before = frames[:, -1]
+            strip += [frames[:, t - at].cpu() for t in wanted if at <= t < at + frames.shape[1]]
+            if at < 2 * sampling.fps:
+                talking.append(frames.cpu())
+            at += frames.shape[1]
+            self.report(candidate.name, index + 1, candidate.n_chunks)
+        chunk_s = (time.monotonic() - started_s) / candidate.n_chunks
+        gap = gaps_of(torch.cat(crops, dim=1), widths)
+        values = torch.cat(measured, dim=1).mean(0).cpu()
+        window = min(round(plan.window_s * sampling.fps), n_frames)
+        long = n_frames >= 2 * window
+        silent_gap, silent_life = self._silence(dit, candidate)
+        return Result(
+            name=candidate.name,
+            method=candidate.method,
+            lips=compare_lips(gap[:, :n_shown].numpy(), panel.gap[:, :n_shown].numpy()),
+            lips_at_end=compare_lips(
+                gap[:, -window:].numpy(), panel.gap[:, n_frames - window : n_frames].numpy()
+            )
+            if long
+            else None,
+            series=per_second(values, sampling.fps),
+            first=_named(values[:window].mean(0)),
+            last=_named(values[-window:].mean(0)),
+            silent_gap=silent_gap,
+            silent_life=silent_life,
+            chunk_s=chunk_s,
+            gap=gap[:, :n_shown],
+            strip=torch.stack(strip, dim=1),
+            talking=torch.cat(talking, dim=1),
+        )
+
+    def _silence(self, dit: DiT, candidate: Candidate) -> tuple[float, float]:
+        """Mean gap over the mouth's width, and life, once the first chunk is over."""
+        panel = self.panel.hushed()
+        quiet = Candidate(candidate.name, candidate.dit, candidate.method, SILENT_CHUNKS)
+        crops, life = [], []
+        before: Tensor | None = None
+        for frames in self._drive(dit, quiet, panel):
+            if before is not None:
+                crops.append(mouth_crops(frames, panel.mouth_box))
+                life.append(measure_frames(frames, before, self.reference)[..., -1])
+            before = frames[:, -1]
+        gap = gaps_of(torch.cat(crops, dim=1), torch.ones(len(panel)))
+        return gap.clamp(min=0).mean().item(), torch.cat(life, dim=1).mean().item()
+
+    def _drive(self, dit: DiT, candidate: Candidate, panel: Panel) -> Any:
+        generator = torch.Generator(panel.encoders.device).manual_seed(SEED)
+        for frames in drive(dit, self.vae, panel, candidate.method, candidate.n_chunks, generator):
+            if self.stop.is_set():
+                raise Interrupted
+            yield frames
+
+
+def of_truth(panel: Panel, fps: int) -> Lips:
+    """The mouth meter on the generator's own frames: what a perfect model could reach."""
+    widths = panel.mouth_box[:, 2] - panel.mouth_box[:, 0]
+    crops = [mouth_crops(some, panel.mouth_box) for some in panel.frames.split(fps, dim=1)]
+    gap = gaps_of(torch.cat(crops, dim=1), widths)
+    return compare_lips(gap.numpy(), panel.gap[:, : gap.shape[1]].numpy())
+
+
+def per_second(values: Tensor, fps: int) -> Tensor:
+    """Means over whole seconds (or over all, when there is less): [T, n] -> [seconds, n]."""
+    whole = len(values) // fps * fps
+    if whole == 0:
+        return values.mean(0, keepdim=True)
+    return values[:whole].view(-1, fps, values.shape[1]).mean(1)
+
+
+def _named(values: Tensor) -> dict[str, float]:
+    return dict(zip(NAMES, values.tolist(), strict=True))
