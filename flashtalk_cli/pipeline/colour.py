@@ -2,7 +2,7 @@
 
 Per frame, the mean and the standard deviation of L, a and b (CIE 1976, D65) are moved to
 those of the picture. They follow from sums over pixels, so several GPUs that hold a tile
-each need to add up six numbers a frame, not to exchange pixels.
+each need to add up a few numbers a frame, not to exchange pixels.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 
 # Linear sRGB to CIE XYZ with ITU-R BT.709 primaries, each row over the D65 white (0.95047, 1, 1.08883).
 _RGB_TO_XYZ = torch.tensor(
@@ -55,21 +57,29 @@ class Statistics:
     std: Tensor
 
     @staticmethod
-    def of(lab: Tensor) -> Statistics:
-        """Measure L, a, b [B, 3, T, H, W]."""
-        std, mean = torch.std_mean(lab, dim=(3, 4), correction=0, keepdim=True)
-        return Statistics(mean, std)
+    def of(lab: Tensor, tiles: Tiles = WHOLE) -> Statistics:
+        """Measure L, a, b [B, 3, T, H, W], of whole frames or of this rank's tile of them.
+
+        A tile's moments about zero add up to the frame's. They are made of its own mean and variance,
+        which float32 gives exactly enough, and summed in float64, where nothing is lost to cancellation.
+        """
+        var, mean = (x.double() for x in torch.var_mean(lab, dim=(3, 4), correction=0, keepdim=True))
+        moments = torch.stack([torch.ones_like(mean), mean, var + mean.square()])
+        pixels, first, second = tiles.sum(moments * (lab.shape[3] * lab.shape[4]))
+        mean = first / pixels
+        std = (second / pixels - mean.square()).clamp(min=0).sqrt()
+        return Statistics(mean.to(lab.dtype), std.to(lab.dtype))
 
 
-def match_colour(video: Tensor, target: Statistics, strength: float) -> Tensor:
+def match_colour(video: Tensor, target: Statistics, strength: float, tiles: Tiles = WHOLE) -> Tensor:
     """Move each frame's colours to the target's, blended by strength in 0..1.
 
-    video: [B, 3, T, H, W] in [-1, 1]; target: of one frame (T = 1). Returns float32.
+    video: [B, 3, T, H, W] in [-1, 1], this rank's tile; target: of one whole frame (T = 1). Returns float32.
     A frame of one flat colour keeps its (zero) contrast: nothing is divided by zero.
     """
     if strength == 0:
         return video.float()
     lab = to_lab(video)
-    own = Statistics.of(lab)
+    own = Statistics.of(lab, tiles)
     moved = (lab - own.mean) * (target.std / own.std.clamp(min=1e-6)) + target.mean
     return torch.lerp(video.float(), from_lab(moved), strength)

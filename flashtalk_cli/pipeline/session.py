@@ -71,8 +71,8 @@ def prepare(models: Models, picture: Tensor, text: Tensor, image: Tensor) -> Con
     """
     video = picture.to(models.device, torch.float32)[None, :, None]
     unseen = video.new_zeros(1, 3, models.sampling.chunk_frames - 1, *video.shape[3:])
-    latents, _ = models.vae.encode(torch.cat([video, unseen], dim=2), tiles=models.tiles)
-    picture_latent, _ = models.vae.encode(video, tiles=models.tiles)
+    latents = _encoded(models, models.tiles.cut(torch.cat([video, unseen], dim=2)))
+    picture_latent = _encoded(models, models.tiles.cut(video))
     mask = torch.zeros_like(latents[:, :MASK_CHANNELS])
     mask[:, :, 0] = 1
     return Conditions(
@@ -81,6 +81,12 @@ def prepare(models: Models, picture: Tensor, text: Tensor, image: Tensor) -> Con
         picture_latent=picture_latent.float(),
         colour=Statistics.of(to_lab(video)),
     )
+
+
+def _encoded(models: Models, tile: Tensor) -> Tensor:
+    """This rank's tile of a video [1, 3, T, h, w] to the latents of the whole, on every rank."""
+    latents, _ = models.vae.encode(tile, tiles=models.tiles)
+    return models.tiles.join(latents)
 
 
 def unmarked(name: str) -> None:
@@ -102,6 +108,9 @@ def step(
 ) -> Yields[Tensor, None, State]:
     """One chunk: yields video [1, 3, n, H, W] in [-1, 1] as it decodes, `new_frames` in all.
 
+    Latents are whole on every rank, and all ranks must take this step together; the video is the tile of
+    this rank, which `models.tiles` puts together.
+
     windows: [1, chunk_frames, 5, layers, dim], what each frame hears. The motion frames at
     the chunk's start were on screen before; they prime the decoder and are not given out.
     """
@@ -122,21 +131,23 @@ def step(
         generator,
     )
     mark("denoise")
+    tiles = models.tiles
+    latents = tiles.cut(latents)
     primed = 1 + (sampling.motion_frames - 1) // 4
-    video, decoder = models.vae.decode(latents[:, :, :primed], tiles=models.tiles)
+    video, decoder = models.vae.decode(latents[:, :, :primed], tiles=tiles)
     tail = (
-        [match_colour(video, conditions.colour, sampling.colour_strength)]
+        [match_colour(video, conditions.colour, sampling.colour_strength, tiles)]
         if sampling.new_frames < sampling.motion_frames
         else []
     )  # else new frames suffice
     for latent in latents[:, :, primed:].split(1, dim=2):
-        video, decoder = models.vae.decode(latent, decoder, tiles=models.tiles)
-        video = match_colour(video, conditions.colour, sampling.colour_strength)
+        video, decoder = models.vae.decode(latent, decoder, tiles=tiles)
+        video = match_colour(video, conditions.colour, sampling.colour_strength, tiles)
         tail = [*tail, video][-(1 + primed) :]
         yield video
     mark("decode")
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
-    motion, _ = models.vae.encode(last, tiles=models.tiles)
+    motion = _encoded(models, last)
     mark("motion")
     return State(motion.float(), generator.get_state(), state.chunk + 1)
 

@@ -1,0 +1,122 @@
+"""What one rank of tests/test_parallel.py does; in a file of its own, which its processes import."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashtalk_cli.config import Sampling
+from flashtalk_cli.models.dit import DiT, DitParams
+from flashtalk_cli.models.vae import Vae, VaeParams
+from flashtalk_cli.parallel.mesh import Mesh, choose_mesh, choose_sequence
+from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.parallel.sequence import Sequence
+from flashtalk_cli.parallel.spatial import Tiles
+from flashtalk_cli.pipeline.colour import Statistics, to_lab
+from flashtalk_cli.pipeline.session import Models, begin, prepare, step, to_bytes
+
+Found = dict[str, Tensor]
+
+HEADS = (4, 6, 5)
+VIDEOS = ((3, 4, 6), (2, 6, 10), (1, 2, 2), (1, 2, 4))  # latent frames, rows, columns
+PICTURES = ((5, 7), (8, 4), (4, 1))  # rows and columns of latents
+CANVASES = ((64, 80), (112, 64))  # pixels
+
+CHUNK, MOTION = 13, 5
+SIZES = {"text_dim": 8, "text_len": 4, "audio_layers": 2, "audio_dim": 6, "image_dim": 10}
+
+
+def tiny_dit(heads: int) -> DiT:
+    torch.manual_seed(heads)
+    sizes = {"num_layers": 2, "freq_dim": 16, "intermediate_dim": 8, "output_dim": 8, "context_tokens": 2}
+    dit = DiT(DitParams(dim=12 * heads, ffn_dim=32, num_heads=heads, **sizes, **SIZES)).eval()
+    for p in dit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return dit
+
+
+def tiny_vae() -> Vae:
+    torch.manual_seed(1)
+    vae = Vae(VaeParams(dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)).eval()
+    for p in vae.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.7 / (p[0].numel() ** 0.5))
+    return vae
+
+
+def velocity(dit: DiT, video: tuple[int, int, int], sequence: Sequence) -> Tensor:
+    draw = torch.Generator().manual_seed(2)
+    t, h, w = video
+    x, y = (torch.randn(1, c, t, h, w, generator=draw) for c in (16, 20))
+    windows = torch.randn(1, 1 + 4 * (t - 1), 5, 2, 6, generator=draw)
+    context = dit.condition(torch.randn(3, 8, generator=draw), torch.randn(1, 5, 10, generator=draw))
+    return dit(x, torch.tensor([500.0]), y, context, dit.hear(windows), sequence)
+
+
+def coded(vae: Vae, picture: tuple[int, int], tiles: Tiles) -> Found:
+    """Encoded and decoded in two pieces, so that states are met too; and the colours of the second."""
+    h, w = picture
+    draw = torch.Generator().manual_seed(3)
+    video, latents = torch.randn(1, 3, 9, 8 * h, 8 * w, generator=draw), torch.randn(1, 16, 3, h, w)
+    latents.normal_(generator=draw)
+    first, state = vae.encode(tiles.cut(video[:, :, :5]), tiles=tiles)
+    second, _ = vae.encode(tiles.cut(video[:, :, 5:]), state, tiles)
+    shown, state = vae.decode(tiles.cut(latents[:, :, :2]), tiles=tiles)
+    later, _ = vae.decode(tiles.cut(latents[:, :, 2:]), state, tiles)
+    colours = Statistics.of(to_lab(later), tiles)
+    return {
+        "encoded": tiles.join(torch.cat([first, second], 2)),
+        "decoded": tiles.join(torch.cat([shown, later], 2)),
+        "mean": colours.mean,
+        "std": colours.std,
+    }
+
+
+def two_chunks(dit: DiT, vae: Vae, canvas: tuple[int, int], mesh: Mesh) -> Found:
+    """Frames as bytes on rank 0, and the motion latents that a third chunk would start from."""
+    draw = torch.Generator().manual_seed(4)
+    sampling = Sampling(steps=2, chunk_frames=CHUNK, motion_frames=MOTION)
+    models = Models(dit, vae, sampling, torch.device("cpu"), mesh.sequence, mesh.tiles)
+    picture = 0.1 * torch.rand(
+        3, *canvas, generator=draw
+    )  # of the decoder's own contrast: nothing is amplified
+    text, image = torch.randn(3, 8, generator=draw), torch.randn(1, 5, 10, generator=draw)
+    conditions = prepare(models, picture, text, image)
+    state, videos, frames = begin(conditions, 7), [], []
+    for _ in range(2):
+        pieces = step(models, conditions, state, torch.randn(1, CHUNK, 5, 2, 6, generator=draw))
+        while True:
+            try:
+                video = next(pieces)
+            except StopIteration as end:
+                state = end.value
+                break
+            videos.append(mesh.tiles.join(video))
+            frames.append(mesh.tiles.collect(to_bytes(video)))
+    found = {"y": conditions.y, "video": torch.cat(videos, 2), "motion": state.motion}
+    return found if frames[0] is None else {**found, "frames": torch.cat(frames)}
+
+
+@torch.no_grad()
+def everything(ranks: Ranks) -> Found:
+    """All results of this rank by name; those of one process are what they must be."""
+    found: Found = {}
+    for heads in HEADS:
+        dit = tiny_dit(heads)
+        degrees = [n for n in range(1, ranks.size + 1) if ranks.size % n == 0 and heads % n == 0]
+        for video in VIDEOS:
+            if ranks.size == 1:
+                found[f"dit {heads} {video}"] = velocity(dit, video, Mesh().sequence)
+                continue
+            for degree in degrees:
+                sequence = choose_sequence(ranks, heads, degree)
+                found[f"dit {heads} {video} ulysses {degree}"] = velocity(dit, video, sequence)
+    vae = tiny_vae()
+    for picture in PICTURES:
+        mesh = choose_mesh(ranks, 4, *picture)
+        found |= {f"vae {picture} {name}": x for name, x in coded(vae, picture, mesh.tiles).items()}
+    for canvas in CANVASES:
+        mesh = choose_mesh(ranks, 4, *(side // 8 for side in canvas))
+        results = two_chunks(tiny_dit(4), vae, canvas, mesh)
+        found |= {f"session {canvas} {name}": x for name, x in results.items()}
+    return found

@@ -1,0 +1,193 @@
+"""Several processes make what one makes: DiT, VAE, colours and whole chunks on gloo (parity, 1 to 4 ranks);
+every token and pixel is somebody's, once (property); and the command line with two ranks (contract)."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import pytest
+import rank_checks
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from flashtalk_cli.errors import ConfigError
+from flashtalk_cli.parallel.mesh import choose_sequence
+from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.parallel.sequence import run_length, span, ulysses_degree
+from flashtalk_cli.parallel.spatial import Grid, choose_grid
+
+SPAWN_S = 120
+TOLERANCE = 1e-5
+
+Results = Callable[[int], list[dict[str, Tensor]]]
+
+
+def rank_main(rank: int, size: int, folder: Path) -> None:
+    """A process of a group: join, do everything, write down what came out."""
+    torch.set_num_threads(1)
+    if size > 1:
+        store = f"file://{folder / f'store-{size}'}"
+        dist.init_process_group("gloo", store, timedelta(seconds=60), size, rank)
+    ranks = Ranks(torch.device("cpu"), size, rank)
+    torch.save(rank_checks.everything(ranks), folder / f"{size}-{rank}.pt")
+    ranks.leave()
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank of a group of so many came to; every size is started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["rank_checks"])
+
+    @cache
+    def of(size: int) -> list[dict[str, Tensor]]:
+        processes = [context.Process(target=rank_main, args=(rank, size, folder)) for rank in range(size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(SPAWN_S)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert codes == [0] * size
+        return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+
+    return of
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+# Together, what one computes
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("part", ["dit", "vae", "session"])
+def test_ranks_make_what_one_makes(size: int, part: str, results: Results) -> None:
+    """Parity: on every rank, for every canvas, head count and degree, within float32's rounding."""
+    alone = results(1)[0]
+    for rank, found in enumerate(results(size)):
+        found = {name: x for name, x in found.items() if name.startswith(part)}
+        names = {name.partition(" ulysses")[0] for name in found}
+        expected = {name for name in alone if name.startswith(part)}
+        assert names == expected - (set() if rank == 0 else {n for n in expected if n.endswith("frames")})
+        for name, x in found.items():
+            one = alone[name.partition(" ulysses")[0]]
+            if x.dtype == torch.uint8:
+                assert (x.int() - one.int()).abs().max() <= 1, name  # a rounding may fall the other way
+                assert (x != one).float().mean() < 1e-3, name
+            else:
+                assert relative(x, one) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_agree_to_the_bit(size: int, results: Results) -> None:
+    """Contract: what is whole on every rank is the same there, so ranks cannot drift apart."""
+    first, *others = results(size)
+    for found in others:
+        for name, x in found.items():
+            assert torch.equal(x, first[name]), name
+
+
+def test_what_one_makes_is_worth_comparing(results: Results) -> None:
+    """Contract: no result of one process is flat, or too large or small to tell anything."""
+    for name, x in results(1)[0].items():
+        assert x.isfinite().all()
+        if not name.startswith("dit") and "mean" not in name and "std" not in name:
+            assert x.float().std() > 1e-3, name
+
+
+# Every token and pixel is somebody's, once
+
+
+@settings(deadline=None)
+@given(st.integers(1, 500), st.integers(1, 64))
+def test_every_token_is_held_once(length: int, size: int) -> None:
+    """Property: spans are neighbouring runs in rank order, none longer than what all hold."""
+    spans = [span(length, size, rank) for rank in range(size)]
+    assert [token for start, stop in spans for token in range(start, stop)] == list(range(length))
+    assert max(stop - start for start, stop in spans) == run_length(length, size)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_ulysses_takes_all_that_divides(size: int, heads: int) -> None:
+    """Property: the chosen degree divides ranks and heads, and no larger one does."""
+    degrees = [n for n in range(1, size + 1) if size % n == 0 and heads % n == 0]
+    assert ulysses_degree(size, heads) == max(degrees)
+
+
+sides = st.integers(1, 40)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 16), sides, sides, st.sampled_from([1, 8]))
+def test_every_pixel_is_in_one_tile(size: int, height: int, width: int, scale: int) -> None:
+    """Property: a chosen grid covers the picture once, no tile empty; else it says why it cannot."""
+    if not any(size % n == 0 and n <= height and size // n <= width for n in range(1, size + 1)):
+        with pytest.raises(ConfigError, match=f"^{size} GPUs cannot share a picture of {width} x {height} "):
+            choose_grid(size, height, width)
+        return
+    grid = choose_grid(size, height, width)
+    covered = torch.zeros(scale * height, scale * width, dtype=torch.int)
+    for rank in range(size):
+        tile = covered[grid.place(rank, scale)]
+        assert tile.numel() > 0
+        tile += 1
+    assert grid.size == size
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [(2, (1, 2)), (4, (2, 2)), (6, (2, 3)), (8, (2, 4)), (7, (7, 1)), (1, (1, 1))]
+)
+def test_tiles_are_square_where_they_can_be(size: int, shape: tuple[int, int]) -> None:
+    """Golden: the grids of a wide picture, and of the same one upright."""
+    wide, tall = choose_grid(size, 56, 96), choose_grid(size, 96, 56)
+    assert (len(wide.heights), len(wide.widths)) == shape
+    assert (len(tall.widths), len(tall.heights)) == shape
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_halos_are_the_neighbours_pixels(data: st.DataObject) -> None:
+    """Property: for any cut, what is sent is what is awaited, and it is the picture around the tile."""
+    heights, widths = (tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))) for _ in "hw")
+    before, after = data.draw(st.sampled_from([(1, 1), (0, 1), (1, 0)]))
+    grid = Grid(heights, widths)
+    picture = torch.arange(1.0, 1 + sum(heights) * sum(widths)).view(sum(heights), sum(widths))
+    padded = F.pad(picture, (before, after, before, after))
+    mail: dict[tuple[int, int], Tensor] = {}
+    for rank in range(grid.size):
+        tile = picture[grid.place(rank)]
+        for other in grid.neighbours(rank, *tile.shape, before, after):
+            mail[rank, other.rank] = tile[other.sends]
+    for rank in range(grid.size):
+        rows, columns = grid.place(rank)
+        tile = picture[rows, columns]
+        surrounded = F.pad(tile, (before, after, before, after))
+        for other in grid.neighbours(rank, *tile.shape, before, after):
+            surrounded[other.fills] = mail.pop((other.rank, rank))
+        expected = padded[
+            rows.start : rows.stop + before + after, columns.start : columns.stop + before + after
+        ]
+        assert torch.equal(surrounded, expected)
+    assert not mail
+
+
+def test_a_degree_that_does_not_divide_is_refused() -> None:
+    """Contract: one line with the numbers, before any group is made."""
+    with pytest.raises(ConfigError, match=r"^compute.ulysses 3 does not divide 4 GPUs and 6 heads; 2 does$"):
+        choose_sequence(Ranks(torch.device("cpu"), 4, 0), 6, 3)
