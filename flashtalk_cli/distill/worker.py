@@ -18,6 +18,7 @@ import torch
 from flashtalk_cli import log
 from flashtalk_cli.distill import tasks
 from flashtalk_cli.distill.config import TrainJob
+from flashtalk_cli.distill.work import Work
 from flashtalk_cli.errors import DeviceError, FlashtalkError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.parallel.ranks import join
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         log.setup(debug="--debug" in argv, rank=ranks.rank)
         watch_parent(stop.set, emitter)
         try:
-            return tasks.run(tasks.Work(job, ranks, emitter, stop))
+            return tasks.run(Work(job, ranks, emitter, stop))
         finally:
             ranks.leave()
     except torch.OutOfMemoryError as error:

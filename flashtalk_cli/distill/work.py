@@ -1,0 +1,109 @@
+"""A job of `flashtalk train` in a worker's hands: what all tasks need."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Generator
+
+from flashtalk_cli.distill import memory, networks, shards
+from flashtalk_cli.distill.config import TrainJob
+from flashtalk_cli.distill.encoding import origin_of
+from flashtalk_cli.distill.pool import Pool, open_pool
+from flashtalk_cli.distill.trainer import Course
+from flashtalk_cli.events import Emitter
+from flashtalk_cli.models.attention import choose_kernel
+from flashtalk_cli.models.dit import DiT, DitParams
+from flashtalk_cli.models.folder import ModelFolder, find
+from flashtalk_cli.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Work:
+    """A job, who does it, and how it speaks."""
+
+    job: TrainJob
+    ranks: Ranks
+    emitter: Emitter
+    stop: threading.Event
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """The model whose encoders are used; it may be without a diffusion transformer."""
+        choice = self.job.base.model
+        return find(choice.name, choice.speech_encoder)
+
+    @cached_property
+    def params(self) -> DitParams:
+        """Sizes of the diffusion transformer."""
+        return networks.params_of(self.folder.config())
+
+    def say(self, name: str, detail: str) -> None:
+        """Report that a part of the work begins."""
+        self.emitter.emit("stage", name=name, detail=detail)
+
+    def generators(self) -> tuple[Generator, Generator]:
+        """One that all ranks share, on the CPU, and one of this rank's own, on its device."""
+        seed = self.job.preset.seed
+        shared = torch.Generator("cpu").manual_seed(seed)
+        own = torch.Generator(self.ranks.device).manual_seed(seed + 1_000_003 * (1 + self.ranks.rank))
+        return shared, own
+
+    def build(self) -> DiT:
+        """A diffusion transformer without memory, computing as the preset says."""
+        network = self.job.preset.network
+        name = self.job.base.compute.attention
+        if name == "auto":
+            name = "sdpa"  # torch chooses among those that have a backward pass
+        dtype = networks.DTYPES[network.dtype]
+        return networks.build(self.params, network, choose_kernel(name, self.ranks.device, dtype))
+
+    def place(self, dit: DiT, *, trained: bool) -> None:
+        """Give it memory."""
+        networks.place(dit, self.job.preset.network, self.ranks.device, self.ranks.size, trained=trained)
+
+    def check_memory(self, what: str, micro_batch: int, *, trained: int, frozen: int, averaged: int) -> None:
+        """Refuse a run that this machine cannot hold."""
+        base = self.job.base
+        need = memory.need_of(
+            self.params,
+            self.job.preset.network,
+            base.canvas,
+            base.sampling,
+            micro_batch,
+            self.ranks.size,
+            trained=trained,
+            frozen=frozen,
+            averaged=averaged,
+        )
+        memory.check(need, self.ranks, what)
+
+    def open_pool(self) -> Pool:
+        """The examples, held to the model and the preset."""
+        job, sampling = self.job, self.job.base.sampling
+        assert job.data is not None
+        found = shards.read_origin(job.data)
+        shards.check_origin(job.data, found, origin_of(self.folder, job.base, found.prompts))
+        pool = open_pool(
+            job.data, sampling.motion_frames, sampling.new_frames, self.ranks.device, job.preset.data.resident
+        )
+        where = self.ranks.device if pool.resident else "disk"
+        self.say("examples", f"{len(pool)} windows of {found.clips} clips, on {where}")
+        return pool
+
+    def course(self) -> Course:
+        """How the trainer is to run."""
+        job = self.job
+        return Course(
+            out=job.out,
+            keeping=job.preset.keeping,
+            ranks=self.ranks,
+            emitter=self.emitter,
+            stop=self.stop,
+            max_seconds=job.max_seconds,
+            resume=job.resume,
+            note={"stage": job.task, "preset": job.preset.name, "settings": job.preset.model_dump_json()},
+        )
