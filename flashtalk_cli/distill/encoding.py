@@ -101,7 +101,7 @@ class Encoders:
 
     def _tokens(self, pictures: Tensor) -> Tensor:
         weight = next(self.image.module.parameters())
-        pixels = torch.cat([image_models.normalise(one, self.image.params.image_px) for one in pictures])
+        pixels = image_models.normalise(pictures, self.image.params.image_px)
         return image_models.tokens(self.image.module, pixels.to(weight.dtype)).half()
 
     def sounds(self, clip: Clip, starts: Sequence[int]) -> np.ndarray:

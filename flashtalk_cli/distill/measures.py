@@ -84,7 +84,7 @@ def measure_frames(frames: Tensor, before: Tensor, reference: Reference) -> Tens
 def class_tokens(image: ImageEncoder, video: Tensor) -> Tensor:
     """The image encoder's class token of pictures [N, 3, H, W]: float32 [N, dim]."""
     weight = next(image.module.parameters())
-    pixels = torch.cat([image_models.normalise(one, image.params.image_px) for one in video])
+    pixels = image_models.normalise(video, image.params.image_px)
     return image_models.tokens(image.module, pixels.to(weight.dtype))[:, 0].float()
 
 

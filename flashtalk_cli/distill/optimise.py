@@ -50,15 +50,20 @@ class Trained:
     def update(self) -> Tensor:
         """Move the parameters by the gradients that are there; the gradients' norm before clipping."""
         if self.parameters is not self.working:
-            for parameter, worked in zip(self.parameters, self.working, strict=True):
-                parameter.grad = None if worked.grad is None else worked.grad.float()
+            found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.working]
+            for parameter in self.parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            torch._foreach_copy_([p.grad for p in self.parameters], found)
+            for worked in self.working:
                 worked.grad = None
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimiser.clip_norm)
         rate = learning_rate(self.step_count, self.steps, self.optimiser)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        if self.parameters is self.working:
+            self.adam.zero_grad(set_to_none=True)
         self.step_count += 1
         with torch.no_grad():
             if self.parameters is not self.working:

@@ -117,6 +117,7 @@ class Bucket:
         n_frames = shards[0]["heard"].shape[1] - 4
         self.own, self.others, self.n_others = (table.to(device) for table in tables.pictures(n_frames))
         self.next, self.run = (table.to(device) for table in tables.chains(new_frames))
+        self._chains: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.own)
@@ -133,7 +134,9 @@ class Bucket:
 
     def chains_of(self, n_chunks: int) -> Tensor:
         """Windows that `n_chunks - 1` others of their clip follow, and that have a picture."""
-        return torch.nonzero((self.run >= n_chunks) & (self.n_others > 0)).squeeze(1)
+        if n_chunks not in self._chains:  # once: on a GPU the host waits for the count
+            self._chains[n_chunks] = torch.nonzero((self.run >= n_chunks) & (self.n_others > 0)).squeeze(1)
+        return self._chains[n_chunks]
 
     def draw(self, n: int, first_share: float, own: Generator) -> Batch:
         """n examples; `first_share` of them are a video's first chunk, shown their own first frame.

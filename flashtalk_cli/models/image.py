@@ -150,13 +150,12 @@ def tokens(module: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def normalise(picture: Tensor, image_px: int) -> Tensor:
-    """A picture [3, H, W] in [-1, 1] as CLIP sees it: float32 [1, 3, image_px, image_px].
+    """Pictures [3, H, W] or [N, 3, H, W] in [-1, 1] as CLIP sees them: float32 [N, 3, image_px, image_px].
 
     Squeezed to a square, bicubic without antialiasing: what the diffusion model was trained with.
     """
-    squeezed = F.interpolate(
-        picture.float()[None], size=(image_px, image_px), mode="bicubic", align_corners=False
-    )
+    pictures = picture.float().reshape(-1, *picture.shape[-3:])
+    squeezed = F.interpolate(pictures, size=(image_px, image_px), mode="bicubic", align_corners=False)
     mean, std = (squeezed.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (squeezed / 2 + 0.5 - mean) / std
 
