@@ -16,7 +16,8 @@ second of work; `realtime` is seconds of video made in a second of work.
                                           ended by that error class of errors.py; its one line
 
 A run ends with exactly one of done, interrupted, error. Numbers that are not finite are null.
-The lines cross from the worker (rank 0 of it) to the parent over a Unix socket.
+The lines cross from the worker to the parent over a Unix socket; of several ranks only the first sends
+anything but an error.
 """
 
 from __future__ import annotations
@@ -152,43 +153,52 @@ def watch_parent(callback: Callable[[], None], emitter: Emitter | None = None, e
 
 
 class Listener:
-    """The parent's end: a socket at `path` that one worker connects to."""
+    """The parent's end: a socket at `path` that every process of one worker may connect to."""
 
     def __init__(self, path: Path) -> None:
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._server.bind(os.fspath(path))
-        self._server.listen(1)
-        self._worker: socket.socket | None = None
-        self._rest = b""
-        self.closed = False  # by the worker, after all that it sent was read
+        self._server.listen(64)
+        self._rests: dict[socket.socket, bytes] = {}  # of each connection, the beginning of its next line
+        self._connected = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether all that ever connected have closed, after all that they sent was read."""
+        return self._connected and not self._rests
 
     def read(self, wait_s: float) -> list[Event]:
         """Events that have arrived, after waiting up to that long for something; [] for none."""
-        if self.closed:
-            threading.Event().wait(wait_s)
-            return []
-        readable, _, _ = select.select([self._worker or self._server], [], [], wait_s)
-        if not readable:
-            return []
-        if self._worker is None:
-            self._worker, _ = self._server.accept()
-            return self.read(wait_s)
+        readable, _, _ = select.select([self._server, *self._rests], [], [], wait_s)
+        found: list[Event] = []
+        for line in readable:
+            if line is self._server:
+                self._rests[self._server.accept()[0]] = b""
+                self._connected = True
+            else:
+                found += self._receive(line)
+        return found or (self.read(0.0) if self._server in readable else [])
+
+    def _receive(self, line: socket.socket) -> list[Event]:
         try:
-            data = self._worker.recv(1 << 16)
+            data = line.recv(1 << 16)
         except ConnectionError:
             data = b""
-        self.closed = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        return [found for line in lines if (found := _parse(line)) is not None]
+        *lines, rest = (self._rests.pop(line) + data).split(b"\n")
+        if data:
+            self._rests[line] = rest
+        else:
+            line.close()
+        return [found for text in lines if (found := _parse(text)) is not None]
 
     def drain(self) -> list[Event]:
         """What is still under way from a worker that has ended."""
         found: list[Event] = []
         give_up = time.monotonic() + 1.0  # a child of the worker may hold its socket open
-        while not self.closed and time.monotonic() < give_up:
+        while time.monotonic() < give_up:
             batch = self.read(wait_s=0.05)
             found += batch
-            if not batch and self._worker is None:
+            if not batch and not self._rests:
                 break
         return found
 
@@ -198,9 +208,8 @@ class Listener:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._server.close()
+        for line in (*self._rests, self._server):
+            line.close()
 
 
 def _parse(line: bytes) -> Event | None:

@@ -46,10 +46,11 @@ class WorkerTraceback(Exception):
         return "in the worker\n" + self.args[0]
 
 
-def worker_command(job_path: Path, socket_path: Path, debug: bool) -> list[str]:
-    """The command line of the worker."""
-    command = [sys.executable, "-m", "flashtalk_cli.worker", str(job_path), str(socket_path)]
-    return [*command, "--debug"] if debug else command
+def worker_command(job_path: Path, socket_path: Path, debug: bool, processes: int = 1) -> list[str]:
+    """The command line of the worker, or of torchrun that starts so many of them."""
+    start = ["flashtalk_cli.torchrun", str(processes)] if processes > 1 else []
+    command = [*start, "flashtalk_cli.worker", str(job_path), str(socket_path)]
+    return [sys.executable, "-m", *command, *(["--debug"] if debug else ())]
 
 
 def run(
@@ -59,10 +60,11 @@ def run(
     debug: bool = False,
     stdout: bool = False,
     on_log: Callable[[str], None] | None = None,
+    processes: int = 1,
     command: Command | None = None,
     clean_end_s: float = CLEAN_END_S,
 ) -> int:
-    """Run a job in a worker until it ends; 0 when it is done, 130 when it was asked to end.
+    """Run a job in a worker, of one or several processes, until it ends; 0 when it is done, 130 when it was asked to end.
 
     on_event gets every event but the error; on_log gets each line of the worker's stderr, in
     another thread (default: our stderr). Only with `stdout` may the worker write to our standard
@@ -76,8 +78,12 @@ def run(
         job_path, socket_path = Path(name, "job.json"), Path(name, "events.sock")
         job_path.write_text(job.model_dump_json(), encoding="utf-8")
         with events.Listener(socket_path) as listener, _stop_requests() as requests:
-            arguments = (command or worker_command)(job_path, socket_path, debug)
-            worker = _Worker(arguments, stdout, on_log or _to_stderr)
+            arguments = (
+                command(job_path, socket_path, debug)
+                if command
+                else worker_command(job_path, socket_path, debug, processes)
+            )
+            worker = _Worker(arguments, stdout, on_log or _to_stderr, processes)
             try:
                 last = _follow(worker, listener, requests, on_event, clean_end_s)
             finally:
@@ -88,8 +94,11 @@ def run(
 class _Worker:
     """A worker's process group, and the thread that reads its stderr."""
 
-    def __init__(self, command: Sequence[str], stdout: bool, on_log: Callable[[str], None]) -> None:
+    def __init__(
+        self, command: Sequence[str], stdout: bool, on_log: Callable[[str], None], processes: int
+    ) -> None:
         log_out, log_in = os.pipe()
+        shared = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))} if processes > 1 else {}
         try:
             self.process = subprocess.Popen(
                 command,
@@ -97,7 +106,7 @@ class _Worker:
                 stdout=None if stdout else log_in,
                 stderr=log_in,
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ},
+                env={"GOMP_SPINCOUNT": SPIN_COUNT, **shared, **os.environ},
             )
         except OSError as error:
             os.close(log_out)
@@ -147,7 +156,7 @@ def _follow(
         ended = worker.process.poll() is not None
         for happened in listener.drain() if ended else listener.read(wait_s=0.1):
             if happened["event"] in events.LAST:
-                last = last or happened
+                last = happened if last is None or _is_effect(last) else last
                 deadline_s = min(deadline_s, time.monotonic() + CLEAN_END_S)
             if happened["event"] != "error":
                 on_event(happened)
@@ -186,6 +195,11 @@ def _death(returncode: int, lines: Sequence[str]) -> str:
     return f"{text}; its last line: {lines[-1]}" if lines else text
 
 
+def _is_effect(happened: events.Event) -> bool:
+    """Whether it may be the effect of another rank's error: that one is the one to show."""
+    return happened["event"] == "error" and happened["type"] == WorkerError.__name__
+
+
 def _error_of(happened: events.Event) -> FlashtalkError:
     error = by_name(happened["type"])(happened["message"])
     error.__cause__ = WorkerTraceback(happened.get("traceback") or "no traceback came with it")
@@ -209,6 +223,11 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _short_folder() -> str | None:

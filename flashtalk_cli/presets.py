@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -232,10 +232,23 @@ def _section(field: FieldInfo) -> type[BaseModel] | None:
 def _explain(error: ValidationError, schema: type[BaseModel], label: str, origins: Mapping[str, str]) -> str:
     """One line for the first thing that is wrong, and how many more there are."""
     first, *more = error.errors()
-    path = ".".join(str(part) for part in first["loc"])
+    path = _path_of(first["loc"], schema)
     where = next((origin for key, origin in origins.items() if (key + ".").startswith(path + ".")), label)
-    rest = f" (and {len(more)} more)" if more else ""
+    others = {_path_of(detail["loc"], schema) for detail in more} - {path}
+    rest = f" (and {len(others)} more)" if others else ""
     return f"{where}: {_complaint(path, first, schema)}{rest}"
+
+
+def _path_of(place: Sequence[object], schema: type[BaseModel]) -> str:
+    """The dotted path of an error's place; where a value may be of several types, without the type tried."""
+    model: type[BaseModel] | None = schema
+    walked: list[str] = []
+    for key in map(str, place):
+        if model is None:
+            break
+        walked.append(key)
+        model = _section(model.model_fields[key]) if key in model.model_fields else None
+    return ".".join(walked)
 
 
 def _complaint(path: str, detail: Any, schema: type[BaseModel]) -> str:
@@ -275,11 +288,21 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 def _accepted(field: FieldInfo) -> str:
     """What a field takes, in words."""
-    if get_origin(field.annotation) is Literal:
-        return ", ".join(str(choice) for choice in get_args(field.annotation))
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    text = " or ".join(words.get(kind, str(kind)) for kind in _kinds(field.annotation))
-    bounds = {name: value for bound in field.metadata for name, value in _limits(bound).items()}
+    return " or ".join(_in_words(kind, field.metadata) for kind in _kinds(field.annotation))
+
+
+def _in_words(kind: Any, limits: Sequence[object]) -> str:
+    """One of the types that a field takes, with its limits."""
+    if get_origin(kind) is Literal:
+        return ", ".join(str(choice) for choice in get_args(kind))
+    if get_origin(kind) is Annotated:
+        kind, *notes = get_args(kind)
+        limits = [limit for note in notes for limit in getattr(note, "metadata", [note])]
+    if kind is type(None):
+        return "null"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    text = words.get(kind, str(kind))
+    bounds = {name: value for limit in limits for name, value in _limits(limit).items()}
     if "ge" in bounds and "le" in bounds:
         return f"{text} from {bounds['ge']} to {bounds['le']}"
     phrases = {

@@ -1,8 +1,9 @@
 """One rank's life: read a job, load the models, make the frames, report.
 
-Started by launch.py as `python -m flashtalk_cli.worker JOB.json EVENTS_SOCKET`; the only
-place that will make or end process groups. Ends with a documented exit code, and says why
-in an `error` event: the parent prints it.
+Started by launch.py as `python -m flashtalk_cli.worker JOB.json EVENTS_SOCKET`, or by torchrun once for
+each GPU. All ranks make the video together, a tile of it each; rank 0 encodes picture, prompt and sound
+for all (the encoders are small, and what they give is smaller), writes the file and reports. Ends with a
+documented exit code, and says why in an `error` event, whichever rank it was: the parent prints it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from torch import Tensor
 from flashtalk_cli import __version__, log
 from flashtalk_cli.bench.report import report
 from flashtalk_cli.bench.timers import Timer
-from flashtalk_cli.config import BenchJob, ClipJob, Job, RenderJob, Sampling
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError, FlashtalkError
+from flashtalk_cli.config import VAE_STRIDE_PX, BenchJob, ClipJob, Job, RenderJob, Sampling
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError, FlashtalkError, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.media.audio import read_samples
 from flashtalk_cli.media.image import load_picture
@@ -33,10 +34,13 @@ from flashtalk_cli.media.video_file import VideoFile
 from flashtalk_cli.models import weights
 from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.folder import resolve
-from flashtalk_cli.parallel.mesh import Mesh
+from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.parallel.ranks import Ranks, join, lost_peers
+from flashtalk_cli.parallel.spatial import Tiles
 from flashtalk_cli.pipeline import chunks
-from flashtalk_cli.pipeline.session import Models, State, begin, prepare, step, talk, to_bytes
+from flashtalk_cli.pipeline.session import Conditions, Models, State, begin, prepare, step, talk, to_bytes
 
+ORPHAN_S = 10.0  # what a rank without a parent gets to close its file
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,21 +58,26 @@ def choose_device(name: str) -> torch.device:
 
 
 class Worker:
-    """What all parts of a job need: the job, the model's folder, the device, and a way to report."""
+    """What all parts of a job need: the job, the model's folder, the ranks, the device, and a way to report."""
 
-    def __init__(self, job: ClipJob, emitter: Emitter) -> None:
+    def __init__(self, job: ClipJob, ranks: Ranks, emitter: Emitter) -> None:
         self.job = job
         self.preset = job.preset
+        self.ranks = ranks
         self.emitter = emitter
         self.random = job.preset.model.weights == "random"
-        self.device = choose_device(job.preset.compute.device)
+        self.device = ranks.device
         choice = job.preset.model
         self.folder = resolve(choice.name, choice.speech_encoder, random=self.random)
         if not self.random and (notice := self.folder.config().get("_notice")):
             emitter.emit("warning", message=notice)
 
-    def encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Picture [3, H, W] in [-1, 1], text rows, picture tokens. The encoders are freed again."""
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture [3, H, W] in [-1, 1], text rows, picture tokens: on the CPU, the same on every rank."""
+        return self.ranks.from_leader(self._encode_inputs() if self.ranks.leads else None)
+
+    def _encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, made here. The encoders are freed again."""
         self.emitter.emit("stage", name="encode", detail="picture and prompt")
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         pixels = torch.tensor(load_picture(self.job.picture, self.preset.canvas))
@@ -77,34 +86,53 @@ class Worker:
         rows = text.encode(self.preset.sampling.prompt)
         del text
         image = weights.load_image_encoder(self.folder, self.device, dtype, random=self.random)
-        return picture, rows, image.encode(picture)
+        return picture, rows.cpu(), image.encode(picture).cpu()
 
     def load_models(self) -> Models:
         """The networks that run in every chunk."""
         self.emitter.emit("stage", name="weights", detail=f"{self.folder.path} on {self.device}")
         precision, options = self.preset.precision, {"random": self.random}
         kernel = choose_kernel(self.preset.compute.attention, self.device, DTYPES[precision.dit])
+        dit = weights.load_dit(self.folder, self.device, DTYPES[precision.dit], kernel=kernel, **options)
+        canvas, heads = self.preset.canvas, dit.params.num_heads
+        latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
+        mesh = choose_mesh(self.ranks, heads, *latents, self.preset.compute.ulysses)
         return Models(
-            dit=weights.load_dit(self.folder, self.device, DTYPES[precision.dit], kernel=kernel, **options),
+            dit=dit,
             vae=weights.load_vae(self.folder, self.device, DTYPES[precision.vae], **options),
             sampling=self.preset.sampling,
             device=self.device,
-            sequence=Mesh().sequence,
+            sequence=mesh.sequence,
+            tiles=mesh.tiles,
         )
 
     def hearing(self) -> Callable[[int], Tensor]:
-        """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim]."""
-        sampling, hearing, speech = self.preset.sampling, self.preset.hearing, self.job.speech
-        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
-        gain = gain_to(speech.loudness_lufs, hearing.loudness_lufs)
+        """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim].
+
+        Rank 0 encodes, and the others get its rows: less than 2 MB a chunk.
+        """
+        sampling, hearing = self.preset.sampling, self.preset.hearing
+        encode = self._speech_features() if self.ranks.leads else None
 
         def windows(index: int) -> Tensor:
             heard = chunks.heard_by(index, sampling, hearing)
-            samples = read_samples(speech, heard.start_sample, heard.stop_sample) * np.float32(gain)
-            features = encoder.encode(torch.from_numpy(samples), heard.n_frames)
+            features = self.ranks.from_leader(encode(heard) if encode else None)
             return chunks.windows(features, heard, sampling.chunk_frames)
 
         return windows
+
+    def _speech_features(self) -> Callable[[chunks.Heard], Tensor]:
+        """A function from what is heard to its feature rows [n_frames, layers, dim]."""
+        speech = self.job.speech
+        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
+
+        def features(heard: chunks.Heard) -> Tensor:
+            samples = read_samples(speech, heard.start_sample, heard.stop_sample) * np.float32(gain)
+            rows = encoder.encode(torch.from_numpy(samples), heard.n_frames)
+            return rows if self.ranks.size == 1 else rows.cpu()
+
+        return features
 
     def comment(self) -> str:
         """What the file says of itself: that it shows nobody who spoke, and how it was made."""
@@ -117,11 +145,43 @@ class Worker:
 
 def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -> int:
     """Render the job's video; the exit code."""
-    canvas, sampling = job.preset.canvas, job.preset.sampling
-    picture, text, image = worker.encode_inputs()
+    picture, text, image = worker.inputs()
     models = worker.load_models()
     hear = worker.hearing()
-    conditions = prepare(models, picture, text, image)
+    pieces = make_frames(worker, models, prepare(models, picture, text, image), hear, job.n_frames, stop)
+    if worker.ranks.leads:
+        return write(worker, job, pieces, stdout)
+    for _ in pieces:
+        pass  # they went to rank 0
+    return 0
+
+
+def make_frames(
+    worker: Worker,
+    models: Models,
+    conditions: Conditions,
+    hear: Callable[[int], Tensor],
+    n_frames: int,
+    stop: threading.Event,
+) -> Iterator[Tensor | None]:
+    """The first n_frames frames, uint8 [T, H, W, 3] a piece, as they decode; None on all ranks but 0.
+
+    Ends early, on all ranks after the same piece, once any of them was asked to stop.
+    """
+    left = n_frames
+    for video in talk(models, conditions, hear, chunks.count(n_frames, models.sampling)):
+        if worker.ranks.any(stop.is_set()):
+            return
+        frames = models.tiles.collect(to_bytes(video[:, :, :left]))
+        left -= min(left, video.shape[2])
+        yield frames
+        if not left:
+            return
+
+
+def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor | None], stdout: int) -> int:
+    """Write frames to the job's file as they come; the exit code."""
+    canvas, sampling = job.preset.canvas, job.preset.sampling
     video_file = VideoFile(
         job.output,
         width_px=canvas.width_px,
@@ -138,16 +198,14 @@ def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -
     started_s = time.perf_counter()
     with video_file as file:
         progress = Progress(worker.emitter, job.n_frames, sampling, started_s)
-        for video in talk(models, conditions, hear, chunks.count(job.n_frames, sampling)):
-            if stop.is_set():
-                kept = file.abort()
-                worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
-                return INTERRUPTED_EXIT_CODE
-            frames = to_bytes(video)[: job.n_frames - file.frames_written]
+        for frames in pieces:
+            assert frames is not None
             file.write(frames.cpu().numpy())
             progress.report(file.frames_written)
-            if file.frames_written == job.n_frames:
-                break
+        if file.frames_written < job.n_frames:
+            kept = file.abort()
+            worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
+            return INTERRUPTED_EXIT_CODE
         path = file.finish()
     worker.emitter.emit(
         "done",
@@ -162,7 +220,7 @@ def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -
 def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     """Time chunks and report; the exit code."""
     started_s = time.perf_counter()
-    picture, text, image = worker.encode_inputs()
+    picture, text, image = worker.inputs()
     models = worker.load_models()
     hear = worker.hearing()
     loaded_s = time.perf_counter()
@@ -173,14 +231,14 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     n_chunks = job.warmup_chunks + job.chunks
     worker.emitter.emit("stage", name="measure", detail=f"{n_chunks} chunks")
     for index in range(n_chunks):
-        if stop.is_set():
+        if worker.ranks.any(stop.is_set()):
             worker.emitter.emit("interrupted", path=None, frames=0)
             return INTERRUPTED_EXIT_CODE
         timer.start()
         windows = hear(index)
         timer.mark("hear")
         pieces = step(models, conditions, state, windows, timer.mark)
-        state = yield_to_host(pieces)
+        state = yield_to_host(pieces, models.tiles)
         worker.emitter.emit("progress", name="measure", done=index + 1, total=n_chunks, unit="chunks")
     once = {"load_s": loaded_s - started_s, "prepare_s": prepared_s - loaded_s}
     worker.emitter.emit("report", data=report(job, worker.device, timer.durations_s(), once))
@@ -191,11 +249,13 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     return 0
 
 
-def yield_to_host(pieces: Generator[Tensor, None, State]) -> State:
-    """Bring a chunk's frames to host memory as bytes, as they come, and let them go; the state after it."""
+def yield_to_host(pieces: Generator[Tensor, None, State], tiles: Tiles) -> State:
+    """Bring a chunk's frames to rank 0's host memory as bytes, as they come; the state after it."""
     while True:
         try:
-            to_bytes(next(pieces)).cpu()
+            frames = tiles.collect(to_bytes(next(pieces)))
+            if frames is not None:
+                frames.cpu()
         except StopIteration as end:
             return end.value
 
@@ -234,22 +294,33 @@ def main(argv: Sequence[str]) -> int:
     # Standard output may be the video. Whatever else would be printed there goes to the log.
     stdout = os.dup(1)
     os.dup2(2, 1)
-    emitter = Emitter(Path(argv[1]))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    watch_parent(stop.set, emitter)
+    emitter = Emitter(Path(argv[1]))
     try:
         job = TypeAdapter[Job](Job).validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        worker = Worker(job, emitter)
-        return render(worker, job, stop, stdout) if job.kind == "render" else bench(worker, job, stop)
+        ranks = join(choose_device(job.preset.compute.device))
+        log.setup(debug="--debug" in argv, rank=ranks.rank)
+        watch_parent(lambda: end_alone(stop), emitter)
+        worker = Worker(job, ranks, emitter if ranks.leads else Emitter(None))
+        code = render(worker, job, stop, stdout) if job.kind == "render" else bench(worker, job, stop)
+        ranks.leave()
+        return code
     except torch.OutOfMemoryError as error:
         return _fail(
             emitter, DeviceError(f"out of memory: {str(error).splitlines()[0]}; choose a smaller --size")
         )
     except Exception as error:
-        return _fail(emitter, error)
+        return _fail(emitter, WorkerError(lost) if (lost := lost_peers(error)) else error)
     finally:
         emitter.close()
+
+
+def end_alone(stop: threading.Event) -> None:
+    """End without a parent: in order if that is possible, else (stuck in a collective) by force."""
+    stop.set()
+    time.sleep(ORPHAN_S)
+    os._exit(WorkerError.exit_code)
 
 
 def _fail(emitter: Emitter, error: Exception) -> int:

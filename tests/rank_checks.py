@@ -18,11 +18,11 @@ from flashtalk_cli.pipeline.session import Models, begin, prepare, step, to_byte
 Found = dict[str, Tensor]
 
 HEADS = (4, 6, 5)
-VIDEOS = ((3, 4, 6), (2, 6, 10), (1, 2, 2), (1, 2, 4))  # latent frames, rows, columns
-PICTURES = ((5, 7), (8, 4), (4, 1))  # rows and columns of latents
+VIDEOS = ((3, 4, 6), (2, 6, 10), (1, 2, 2))  # latent frames, rows, columns
+PICTURES = ((5, 7), (4, 1))  # rows and columns of latents
 CANVASES = ((64, 80), (112, 64))  # pixels
 
-CHUNK, MOTION = 13, 5
+CHUNK, MOTION = 9, 5
 SIZES = {"text_dim": 8, "text_len": 4, "audio_layers": 2, "audio_dim": 6, "image_dim": 10}
 
 

@@ -34,6 +34,7 @@ ALLOWED = {
     "media": BASE,
     "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media"},
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
+    "torchrun": {*BASE, "events"},
     "worker": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench", "distill"},
     "cli": {*BASE, "log", "events", "presets", "launch", "media", "models", "distill"},
     "__main__": {"cli"},
@@ -48,7 +49,7 @@ LIGHT_MODELS = {
 LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
-    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT"},
+    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS"},
     "worker.py": None,
 }  # None: torchrun's own
 

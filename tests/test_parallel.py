@@ -4,26 +4,38 @@ every token and pixel is somebody's, once (property); and the command line with 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rank_checks
+import soundfile
+import tiny_model
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashtalk_cli.errors import ConfigError
+from flashtalk_cli import launch
+from flashtalk_cli.config import Compute, RenderJob, Speech
+from flashtalk_cli.errors import ConfigError, ModelError, WorkerError
+from flashtalk_cli.media.ffmpeg import find_ffmpeg
 from flashtalk_cli.parallel.mesh import choose_sequence
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import run_length, span, ulysses_degree
 from flashtalk_cli.parallel.spatial import Grid, choose_grid
+from flashtalk_cli.presets import Override, load
 
+ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
 TOLERANCE = 1e-5
 
@@ -191,3 +203,82 @@ def test_a_degree_that_does_not_divide_is_refused() -> None:
     """Contract: one line with the numbers, before any group is made."""
     with pytest.raises(ConfigError, match=r"^compute.ulysses 3 does not divide 4 GPUs and 6 heads; 2 does$"):
         choose_sequence(Ranks(torch.device("cpu"), 4, 0), 6, 3)
+
+
+# Through the command line and torchrun
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, a picture of little contrast, which amplifies nothing, and 0.64 s of sound."""
+    folder = tmp_path_factory.mktemp("render")
+    tiny_model.write(folder / "model")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(120, 136, (64, 80, 3), dtype=np.uint8)).save(folder / "p.png")
+    soundfile.write(folder / "s.wav", 0.2 * np.sin(np.arange(10_240) / 30), 16_000)
+    return folder
+
+
+def frames_of(place: Path, gpus: int) -> np.ndarray:
+    """Decoded frames [T, H, W, 3] of the video that so many processes render, losslessly coded."""
+    output = f"{gpus}.mp4"
+    command = [
+        "render",
+        "p.png",
+        "s.wav",
+        "-o",
+        output,
+        "--model",
+        "model",
+        "--size",
+        "80x64",
+        "--steps",
+        "2",
+    ]
+    command += ["--set", "sampling.chunk_frames=13", "--set", "hearing.context_s=2", "--crf", "0"]
+    command += ["--device", "cpu", "--gpus", str(gpus)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "flashtalk_cli", *command], cwd=place, env=environment, check=True)
+    raw = [find_ffmpeg(), "-v", "error", "-i", place / output, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    data = subprocess.run(raw, check=True, capture_output=True).stdout
+    return np.frombuffer(data, np.uint8).reshape(-1, 64, 80, 3).astype(int)
+
+
+def test_two_processes_render_the_same_video(place: Path) -> None:
+    """Contract: `--gpus 2` on the CPU, by torchrun and gloo, writes the frames of `--gpus 1`."""
+    one, two = frames_of(place, 1), frames_of(place, 2)
+    assert one.shape == two.shape == (16, 64, 80, 3)
+    assert one.std() > 1
+    assert abs(one - two).max() <= 3  # a level in brightness is up to three in a colour
+    assert (one != two).mean() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "said"),
+    [
+        ("raises", ModelError, r"^rank 1 has its reason$"),
+        ("killed", WorkerError, r"^rank 1, process \d+, died of SIGKILL: most likely"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_with_its_own_error(
+    fault: str, kind: type[Exception], said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: not with that of the rank that waited for it; and soon."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    preset = load("mini", [Override("model.name", str(place / "model"), ""), Override("name", fault, "")])
+    job = RenderJob(
+        preset=preset.model_copy(update={"compute": Compute(device="cpu", gpus=2)}),
+        picture=place / "p.png",
+        speech=Speech(samples_path=place / "s.wav", n_samples=1, loudness_lufs=None),
+        audio=place / "s.wav",
+        output=None,
+    )
+
+    def command(job_path: Path, socket_path: Path, debug: bool) -> list[str]:
+        arguments = ["flashtalk_cli.torchrun", "2", "rank_faults", str(job_path), str(socket_path)]
+        return [sys.executable, "-m", *arguments]
+
+    lines: list[str] = []
+    with pytest.raises(kind, match=said):
+        launch.run(job, lambda happened: None, command=command, on_log=lines.append)
+    assert not [line for line in lines if "Traceback" in line or "Signal" in line]

@@ -48,6 +48,8 @@ VALUES = {
     "precision.vae": st.sampled_from(["float32", "bfloat16"]),
     "compute.device": st.sampled_from(["auto", "cpu", "cuda"]),
     "compute.attention": st.sampled_from(["auto", "fa3", "flash", "cudnn", "sdpa"]),
+    "compute.gpus": st.just("all") | st.integers(1, 1024),
+    "compute.ulysses": st.none() | st.integers(1, 64),
     "encoding.codec": text,
     "encoding.crf": st.integers(0, 63),
 }
@@ -188,6 +190,9 @@ MISTAKES = [
     ("sampling.shift=0", "accepted: a number above 0"),
     ("sampling.shift=.nan", "sampling.shift is nan"),
     ("sampling.shift=true", "sampling.shift is true; accepted: a number"),
+    ("compute.gpus=0", "compute.gpus is 0; accepted: a whole number from 1 to 1024 or all"),
+    ("compute.gpus=many", "compute.gpus is 'many'; accepted: a whole number from 1 to 1024 or all"),
+    ("compute.ulysses=0", "compute.ulysses is 0; accepted: a whole number of at least 1 or null"),
     ("compute.device=gpu", "compute.device is 'gpu'; accepted: auto, cpu, cuda"),
     ("canvas.background=red", "canvas.background is 'red'; accepted: text of the form ^#"),
     ("canvas.width_px=100", "--set: canvas.width_px: 100 does not divide by 16"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashtalk_cli.cli.render import REPORT, SPEED, Debug, Json, PresetName, Sets
+from flashtalk_cli.cli.render import REPORT, SPEED, Debug, Gpus, Json, PresetName, Sets, number_or_word
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +30,7 @@ def bench(
             help="random needs no model.",
         ),
     ] = None,
+    gpus: Gpus = None,
     sets: Sets = None,
     output: Annotated[
         Path | None,
@@ -43,6 +44,7 @@ def bench(
     """Time chunks on this machine: hearing, denoising, decoding, and what the next chunk needs."""
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
+    from flashtalk_cli.cli.machine import processes_of
     from flashtalk_cli.config import BenchJob, Preset
     from flashtalk_cli.events import Event
     from flashtalk_cli.media.audio import prepare_speech
@@ -51,6 +53,7 @@ def bench(
 
     overrides = [parse_set(text) for text in sets or ()]
     overrides += [Override("model.weights", weights, "--weights")] if weights else []
+    overrides += [Override("compute.gpus", number_or_word(gpus), "--gpus")] if gpus else []
     chosen: Preset = load(preset, overrides)
     model = chosen.model
     resolve(model.name, model.speech_encoder, random=model.weights == "random")
@@ -66,7 +69,8 @@ def bench(
         speech = prepare_speech(next((_ASSETS / "speech").glob("*.wav")), Path(folder))
         picture = next((_ASSETS / "portraits").glob("*.png"))
         job = BenchJob(preset=chosen, picture=picture, speech=speech, chunks=chunks)
-        code = launch.run(job, on_event, debug=debug, on_log=display.log)
+        processes = processes_of(chosen.compute)
+        code = launch.run(job, on_event, debug=debug, on_log=display.log, processes=processes)
     for data in reports:
         if output:
             _write(output, data)

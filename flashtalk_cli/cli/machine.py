@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashtalk_cli import __version__, presets
-from flashtalk_cli.config import Preset
+from flashtalk_cli.config import Compute, Preset
 from flashtalk_cli.errors import FlashtalkError
 from flashtalk_cli.media.codecs import opens
 from flashtalk_cli.media.ffmpeg import encoders, find_ffmpeg, version
@@ -55,6 +55,13 @@ def probe() -> dict[str, Any]:
         last = ended.stderr.strip().splitlines()[-1:] or [f"exit code {ended.returncode}"]
         return {"error": last[0]}
     return dict(json.loads(ended.stdout))
+
+
+def processes_of(compute: Compute) -> int:
+    """Processes that a job needs, a GPU each; `all` are as many as torch sees, and one without any."""
+    if compute.gpus != "all":
+        return compute.gpus
+    return 1 if compute.device == "cpu" else max(1, len(probe().get("gpus", [])))
 
 
 def _program() -> list[Finding]:

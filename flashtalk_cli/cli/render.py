@@ -53,6 +53,16 @@ Sets = Annotated[
         help="Change one value of the preset; may be repeated. Keys: `flashtalk presets show NAME`.",
     ),
 ]
+Gpus = Annotated[
+    str | None,
+    typer.Option(
+        "--gpus",
+        metavar="N|all",
+        rich_help_panel=SPEED,
+        show_default=False,
+        help="GPUs that make the video together.",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(
@@ -68,6 +78,11 @@ Debug = Annotated[
 
 def _option(name: str, panel: str, metavar: str, help: str) -> Any:
     return typer.Option(name, metavar=metavar, rich_help_panel=panel, show_default=False, help=help)
+
+
+def number_or_word(text: str | None) -> int | str | None:
+    """An option that is a count or a word such as `all`."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def render(
@@ -114,6 +129,7 @@ def render(
         int | None, _option("--steps", SPEED, "N", "Denoising steps a chunk: fewer is faster.")
     ] = None,
     device: Annotated[str | None, _option("--device", SPEED, "auto|cpu|cuda", "Where it runs.")] = None,
+    gpus: Gpus = None,
     weights: Annotated[
         str | None,
         _option("--weights", SPEED, "released|random", "random: noise for a video, to time a machine."),
@@ -135,6 +151,7 @@ def render(
         "--model": ("model.name", model),
         "--steps": ("sampling.steps", steps),
         "--device": ("compute.device", device),
+        "--gpus": ("compute.gpus", number_or_word(gpus)),
         "--weights": ("model.weights", weights),
     }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}

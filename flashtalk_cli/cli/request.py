@@ -19,6 +19,7 @@ from typing import Any
 
 from flashtalk_cli import launch, log
 from flashtalk_cli.cli.display import Display, choose
+from flashtalk_cli.cli.machine import processes_of
 from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
 from flashtalk_cli.errors import ConfigError, OutputError
 from flashtalk_cli.media.audio import prepare_speech
@@ -59,7 +60,14 @@ def fulfil(request: Request, *, json: bool, debug: bool) -> int:
     ):
         job = check(request, Path(folder), display)
         display.stage("start", "loading torch")
-        return launch.run(job, display.show, debug=debug, stdout=request.to_stdout, on_log=display.log)
+        return launch.run(
+            job,
+            display.show,
+            debug=debug,
+            stdout=request.to_stdout,
+            on_log=display.log,
+            processes=processes_of(job.preset.compute),
+        )
 
 
 def check(request: Request, folder: Path, display: Display) -> RenderJob:

@@ -112,3 +112,13 @@ def join(device: torch.device) -> Ranks:
     else:
         dist.init_process_group("gloo", timeout=timeout)
     return Ranks(device, dist.get_world_size(), dist.get_rank())
+
+
+def lost_peers(error: Exception) -> str | None:
+    """One line when an error says that other ranks went away in a collective; None for any other error.
+
+    Such an error is an effect: its cause is what the rank that went away reports, if it can.
+    """
+    text = str(error)
+    lost = isinstance(error, dist.DistBackendError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return f"a rank lost its peers: {text.splitlines()[0]}" if lost else None
