@@ -2,7 +2,7 @@
 
 Started by launch.py as `python -m flashtalk_cli.worker JOB.json EVENTS_SOCKET`, or by torchrun once for
 each GPU. All ranks make the video together, a tile of it each; rank 0 encodes picture, prompt and sound
-for all (the encoders are small, and what they give is smaller), writes the file and reports. Ends with a
+for all (one copy of the encoders, and what they give is small), writes the file and reports. Ends with a
 documented exit code, and says why in an `error` event, whichever rank it was: the parent prints it.
 """
 

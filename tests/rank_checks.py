@@ -26,39 +26,42 @@ CHUNK, MOTION = 9, 5
 SIZES = {"text_dim": 8, "text_len": 4, "audio_layers": 2, "audio_dim": 6, "image_dim": 10}
 
 
-def tiny_dit(heads: int) -> DiT:
+def drawn(draw: torch.Generator, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=draw).to(device)
+
+
+def tiny_dit(heads: int, device: torch.device) -> DiT:
     torch.manual_seed(heads)
     sizes = {"num_layers": 2, "freq_dim": 16, "intermediate_dim": 8, "output_dim": 8, "context_tokens": 2}
     dit = DiT(DitParams(dim=12 * heads, ffn_dim=32, num_heads=heads, **sizes, **SIZES)).eval()
     for p in dit.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    return dit
+    return dit.to(device)
 
 
-def tiny_vae() -> Vae:
+def tiny_vae(device: torch.device) -> Vae:
     torch.manual_seed(1)
     vae = Vae(VaeParams(dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)).eval()
     for p in vae.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.7 / (p[0].numel() ** 0.5))
-    return vae
+    return vae.to(device)
 
 
 def velocity(dit: DiT, video: tuple[int, int, int], sequence: Sequence) -> Tensor:
-    draw = torch.Generator().manual_seed(2)
+    draw, device = torch.Generator().manual_seed(2), dit.patch_embedding.weight.device
     t, h, w = video
-    x, y = (torch.randn(1, c, t, h, w, generator=draw) for c in (16, 20))
-    windows = torch.randn(1, 1 + 4 * (t - 1), 5, 2, 6, generator=draw)
-    context = dit.condition(torch.randn(3, 8, generator=draw), torch.randn(1, 5, 10, generator=draw))
-    return dit(x, torch.tensor([500.0]), y, context, dit.hear(windows), sequence)
+    x, y = (drawn(draw, device, 1, c, t, h, w) for c in (16, 20))
+    windows = drawn(draw, device, 1, 1 + 4 * (t - 1), 5, 2, 6)
+    context = dit.condition(drawn(draw, device, 3, 8), drawn(draw, device, 1, 5, 10))
+    return dit(x, torch.tensor([500.0], device=device), y, context, dit.hear(windows), sequence)
 
 
 def coded(vae: Vae, picture: tuple[int, int], tiles: Tiles) -> Found:
     """Encoded and decoded in two pieces, so that states are met too; and the colours of the second."""
     h, w = picture
-    draw = torch.Generator().manual_seed(3)
-    video, latents = torch.randn(1, 3, 9, 8 * h, 8 * w, generator=draw), torch.randn(1, 16, 3, h, w)
-    latents.normal_(generator=draw)
+    draw, device = torch.Generator().manual_seed(3), vae.conv1.weight.device
+    video, latents = drawn(draw, device, 1, 3, 9, 8 * h, 8 * w), drawn(draw, device, 1, 16, 3, h, w)
     first, state = vae.encode(tiles.cut(video[:, :, :5]), tiles=tiles)
     second, _ = vae.encode(tiles.cut(video[:, :, 5:]), state, tiles)
     shown, state = vae.decode(tiles.cut(latents[:, :, :2]), tiles=tiles)
@@ -74,17 +77,17 @@ def coded(vae: Vae, picture: tuple[int, int], tiles: Tiles) -> Found:
 
 def two_chunks(dit: DiT, vae: Vae, canvas: tuple[int, int], mesh: Mesh) -> Found:
     """Frames as bytes on rank 0, and the motion latents that a third chunk would start from."""
-    draw = torch.Generator().manual_seed(4)
+    draw, device = torch.Generator().manual_seed(4), vae.conv1.weight.device
     sampling = Sampling(steps=2, chunk_frames=CHUNK, motion_frames=MOTION)
-    models = Models(dit, vae, sampling, torch.device("cpu"), mesh.sequence, mesh.tiles)
+    models = Models(dit, vae, sampling, device, mesh.sequence, mesh.tiles)
     picture = 0.1 * torch.rand(
         3, *canvas, generator=draw
     )  # of the decoder's own contrast: nothing is amplified
-    text, image = torch.randn(3, 8, generator=draw), torch.randn(1, 5, 10, generator=draw)
+    text, image = drawn(draw, device, 3, 8), drawn(draw, device, 1, 5, 10)
     conditions = prepare(models, picture, text, image)
     state, videos, frames = begin(conditions, 7), [], []
     for _ in range(2):
-        pieces = step(models, conditions, state, torch.randn(1, CHUNK, 5, 2, 6, generator=draw))
+        pieces = step(models, conditions, state, drawn(draw, device, 1, CHUNK, 5, 2, 6))
         while True:
             try:
                 video = next(pieces)
@@ -102,7 +105,7 @@ def everything(ranks: Ranks) -> Found:
     """All results of this rank by name; those of one process are what they must be."""
     found: Found = {}
     for heads in HEADS:
-        dit = tiny_dit(heads)
+        dit = tiny_dit(heads, ranks.device)
         degrees = [n for n in range(1, ranks.size + 1) if ranks.size % n == 0 and heads % n == 0]
         for video in VIDEOS:
             if ranks.size == 1:
@@ -111,12 +114,12 @@ def everything(ranks: Ranks) -> Found:
             for degree in degrees:
                 sequence = choose_sequence(ranks, heads, degree)
                 found[f"dit {heads} {video} ulysses {degree}"] = velocity(dit, video, sequence)
-    vae = tiny_vae()
+    vae = tiny_vae(ranks.device)
     for picture in PICTURES:
         mesh = choose_mesh(ranks, 4, *picture)
         found |= {f"vae {picture} {name}": x for name, x in coded(vae, picture, mesh.tiles).items()}
     for canvas in CANVASES:
         mesh = choose_mesh(ranks, 4, *(side // 8 for side in canvas))
-        results = two_chunks(tiny_dit(4), vae, canvas, mesh)
+        results = two_chunks(tiny_dit(4, ranks.device), vae, canvas, mesh)
         found |= {f"session {canvas} {name}": x for name, x in results.items()}
-    return found
+    return {name: x.cpu() for name, x in found.items()}

@@ -39,30 +39,37 @@ ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
 TOLERANCE = 1e-5
 
-Results = Callable[[int], list[dict[str, Tensor]]]
+Results = Callable[..., list[dict[str, Tensor]]]
 
 
-def rank_main(rank: int, size: int, folder: Path) -> None:
+def rank_main(rank: int, size: int, kind: str, folder: Path) -> None:
     """A process of a group: join, do everything, write down what came out."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     if size > 1:
-        store = f"file://{folder / f'store-{size}'}"
-        dist.init_process_group("gloo", store, timedelta(seconds=60), size, rank)
-    ranks = Ranks(torch.device("cpu"), size, rank)
-    torch.save(rank_checks.everything(ranks), folder / f"{size}-{rank}.pt")
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        store = f"file://{folder / f'store-{kind}-{size}'}"
+        dist.init_process_group(backend, store, timedelta(seconds=60), size, rank)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    ranks = Ranks(device, size, rank)
+    torch.save(rank_checks.everything(ranks), folder / f"{kind}-{size}-{rank}.pt")
     ranks.leave()
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank of a group of so many came to; every size is started once."""
+    """What each rank of a group of so many came to, on a kind of device; every group is started once."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_checks"])
 
     @cache
-    def of(size: int) -> list[dict[str, Tensor]]:
-        processes = [context.Process(target=rank_main, args=(rank, size, folder)) for rank in range(size)]
+    def of(size: int, kind: str = "cpu") -> list[dict[str, Tensor]]:
+        processes = [
+            context.Process(target=rank_main, args=(rank, size, kind, folder)) for rank in range(size)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -71,7 +78,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for process in processes:
             process.kill()
         assert codes == [0] * size
-        return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+        return [torch.load(folder / f"{kind}-{size}-{rank}.pt") for rank in range(size)]
 
     return of
 
@@ -89,19 +96,32 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("part", ["dit", "vae", "session"])
 def test_ranks_make_what_one_makes(size: int, part: str, results: Results) -> None:
     """Parity: on every rank, for every canvas, head count and degree, within float32's rounding."""
-    alone = results(1)[0]
-    for rank, found in enumerate(results(size)):
+    same(results(size), results(1)[0], part, TOLERANCE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [2, 4])
+def test_gpus_make_what_one_makes(size: int, results: Results) -> None:
+    """Parity: the same over NCCL; convolutions of another size may take another algorithm there."""
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    same(results(size, "cuda"), results(1, "cuda")[0], "", 10 * TOLERANCE)
+
+
+def same(ranks: list[dict[str, Tensor]], alone: dict[str, Tensor], part: str, tolerance: float) -> None:
+    """Assert that the results whose names begin with `part` are there on each rank, and are one process's."""
+    for rank, found in enumerate(ranks):
         found = {name: x for name, x in found.items() if name.startswith(part)}
         names = {name.partition(" ulysses")[0] for name in found}
         expected = {name for name in alone if name.startswith(part)}
-        assert names == expected - (set() if rank == 0 else {n for n in expected if n.endswith("frames")})
+        assert names == {name for name in expected if rank == 0 or not name.endswith("frames")}
         for name, x in found.items():
             one = alone[name.partition(" ulysses")[0]]
             if x.dtype == torch.uint8:
                 assert (x.int() - one.int()).abs().max() <= 1, name  # a rounding may fall the other way
                 assert (x != one).float().mean() < 1e-3, name
             else:
-                assert relative(x, one) < TOLERANCE, name
+                assert relative(x, one) < tolerance, name
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
