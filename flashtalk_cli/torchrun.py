@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.distributed import run as torchrun
@@ -31,13 +31,24 @@ def main(argv: Sequence[str]) -> int:
     except SignalException:
         return INTERRUPTED_EXIT_CODE
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = cause(error.failures)
         if failure.exitcode < 0:
             emitter = Emitter(Path(socket_path))
             emitter.error(WorkerError(death(rank, failure)))
             emitter.close()
         return abs(failure.exitcode)
     return 0
+
+
+def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first: a killed one before those that missed it or that the agent ended for it."""
+
+    def order(rank: int) -> tuple[bool, int]:
+        failure = failures[rank]
+        return failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, failure.timestamp
+
+    first = min(failures, key=order)
+    return first, failures[first]
 
 
 def death(rank: int, failure: ProcessFailure) -> str:

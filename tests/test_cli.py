@@ -258,6 +258,8 @@ def test_a_plain_render(inputs, jobs):
         (["--fit", "pad"], "canvas.fit", "pad"),
         (["--background", "#00ff00"], "canvas.background", "#00ff00"),
         (["--device", "cpu"], "compute.device", "cpu"),
+        (["--gpus", "3"], "compute.gpus", 3),
+        (["--gpus", "all"], "compute.gpus", "all"),
         (["--codec", "libx264"], "encoding.codec", "libx264"),
         (["--crf", "30"], "encoding.crf", 30),
         (["--weights", "random"], "model.weights", "random"),

@@ -323,3 +323,36 @@ def test_unknown_kind_or_field_is_a_programming_error():
         events.event("bogus")
     with pytest.raises(AssertionError):
         events.event("done", colour="red")
+
+
+def test_several_processes_may_speak():
+    """Property of the socket: every connection's lines arrive whole; it is closed when all of them are."""
+    with tempfile.TemporaryDirectory() as name, events.Listener(Path(name, "s")) as listener:
+        first, second = events.Emitter(Path(name, "s")), events.Emitter(Path(name, "s"))
+        first.emit("stage", name="one")
+        second.emit("stage", name="two")
+        second.close()
+        first.emit("stage", name="three")
+        assert not listener.closed
+        first.close()
+        assert sorted(e["name"] for e in listener.drain()) == ["one", "three", "two"]
+        assert listener.closed
+
+
+@pytest.mark.parametrize("cause_first", [True, False])
+def test_the_cause_is_shown_and_not_the_loss_of_a_peer(cause_first):
+    """Whichever of the two errors arrives first."""
+    lines = ['emitter.error(ModelError("the cause"))', 'emitter.error(WorkerError("lost a peer"))']
+    said = "\n".join(lines if cause_first else lines[::-1])
+    with pytest.raises(ModelError, match=r"^the cause$"):
+        run(f"from flashtalk_cli.errors import ModelError, WorkerError\n{said}\nsys.exit(5)")
+
+
+def test_several_processes_share_the_cores(monkeypatch):
+    """Contract: torchrun is started for them, and each is told of its share of the cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    body = 'emitter.emit("stage", name=os.environ["OMP_NUM_THREADS"]); emitter.emit("done", path=None)'
+    code, seen = run(body, processes=10_000)
+    assert (code, seen[0]["name"]) == (0, "1")
+    command = launch.worker_command(Path("j"), Path("s"), True, 3)
+    assert command[1:] == ["-m", "flashtalk_cli.torchrun", "3", "flashtalk_cli.worker", "j", "s", "--debug"]

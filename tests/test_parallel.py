@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.nn import functional as F
 
 from flashtalk_cli import launch
@@ -34,6 +36,7 @@ from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import run_length, span, ulysses_degree
 from flashtalk_cli.parallel.spatial import Grid, choose_grid
 from flashtalk_cli.presets import Override, load
+from flashtalk_cli.torchrun import cause, death
 
 ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
@@ -302,3 +305,14 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error(
     with pytest.raises(kind, match=said):
         launch.run(job, lambda happened: None, command=command, on_log=lines.append)
     assert not [line for line in lines if "Traceback" in line or "Signal" in line]
+
+
+def test_the_killed_rank_is_the_cause() -> None:
+    """Golden: not the peer that lost it, nor one that the agent ended for it, in whatever order they fell."""
+    failures = {
+        0: ProcessFailure(0, 10, WorkerError.exit_code, "none"),
+        1: ProcessFailure(1, 11, -signal.SIGTERM, "none"),
+        2: ProcessFailure(2, 12, -signal.SIGKILL, "none"),
+    }
+    rank, failure = cause(failures)
+    assert death(rank, failure).startswith("rank 2, process 12, died of SIGKILL")
