@@ -275,6 +275,7 @@ def _run(
             display.show,
             debug=debug,
             on_log=display.log,
+            processes=gpus,
             command=lambda job_path, socket_path, debug: _command(job_path, socket_path, gpus, debug),
             clean_end_s=CLEAN_END_S,
         )
@@ -301,8 +302,6 @@ def _check(job: Any) -> None:
 
 def _command(job_path: Path, socket_path: Path, gpus: int, debug: bool) -> list[str]:
     """The worker's command line: one process, or torchrun's."""
-    start = [sys.executable, "-m"]
-    if gpus > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"]
+    start = ["flashtalk_cli.torchrun", str(gpus)] if gpus > 1 else []
     command = [*start, "flashtalk_cli.distill.worker", str(job_path), str(socket_path)]
-    return [*command, "--debug"] if debug else command
+    return [sys.executable, "-m", *command, *(["--debug"] if debug else ())]

@@ -25,6 +25,7 @@ from flashtalk_cli.distill.report import write as write_report
 from flashtalk_cli.distill.trainer import train
 from flashtalk_cli.distill.work import Work
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError
+from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.tensors import open_files
 from flashtalk_cli.models.weights import load_vae
@@ -135,7 +136,7 @@ def evaluate(work: Work) -> int:
     encoders = Encoders(work.folder, job.base, device)
     work.say("panel", f"{plan.people} held-out people, {plan.long_chunks} chunks each")
     panel = draw_panel(encoders, job.source, plan)
-    vae = load_vae(work.folder, device, networks.DTYPES[job.base.precision.vae])
+    vae = load_vae(work.folder, device, choose_dtype(job.base.precision.vae, device))
 
     def told(name: str, done: int, total: int) -> None:
         work.emitter.emit("progress", name="eval", done=done, total=total, unit=f"chunks of {name}")

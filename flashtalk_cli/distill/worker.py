@@ -21,17 +21,8 @@ from flashtalk_cli.distill.config import TrainJob
 from flashtalk_cli.distill.work import Work
 from flashtalk_cli.errors import DeviceError, FlashtalkError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.models.device import choose_device
 from flashtalk_cli.parallel.ranks import join
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a preset names. Raises DeviceError when a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"no CUDA device is visible to torch {torch.__version__}: "
-            "install a driver and a CUDA build of torch, or use --device cpu"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def main(argv: Sequence[str]) -> int:
