@@ -162,6 +162,35 @@ def test_nothing_is_asked_of_given_latents(toy) -> None:
     assert adapt.face_weight(torch.zeros(1, 4), batch.latents.shape, 3.0).max() == 1
 
 
+def test_hearing_tells_who_listens(toy) -> None:
+    """Nothing for a network whose head is zero, much for one whose mouth is the speech itself."""
+    stage = adapt_stage(toy)
+    batch = stage.pool.buckets[0].draw(8, 0.5, stage.own)
+    generator = torch.Generator().manual_seed(0)
+    assert adapt.hearing(stage.trained.dit, batch, 5.0, generator).item() == pytest.approx(0, abs=1e-6)
+    before = stage.own.get_state()
+    stage.probe()
+    assert torch.equal(before, stage.own.get_state()), "a probe must not change the run"
+
+    class Listener(torch.nn.Module):
+        """Answers rightly when it hears what belongs to the example, else wrongly."""
+
+        def condition(self, text: torch.Tensor, tokens: torch.Tensor) -> None:
+            return None
+
+        def hear(self, windows: torch.Tensor) -> torch.Tensor:
+            return (windows == batch.windows).flatten(1).all(1)
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: object, context: object, right: torch.Tensor,
+                    par: object) -> torch.Tensor:  # fmt: skip
+            time = (t / 1000).view(-1, 1, 1, 1, 1)
+            truth = (x - batch.latents) / time
+            return torch.where(right.view(-1, 1, 1, 1, 1), 1.1 * truth, 2 * truth)
+
+    listener: DiT = Listener()  # type: ignore[assignment]
+    assert adapt.hearing(listener, batch, 5.0, generator).item() > 10
+
+
 @given(share=st.sampled_from([0.0, 0.3, 1.0]))
 def test_what_is_left_out_is_zero(share: float) -> None:
     """About that share of a batch is zeros, the rest untouched."""
@@ -335,7 +364,7 @@ def test_a_run_writes_weights_metrics_and_keeps_few_checkpoints(toy, tmp_path: P
     assert trainer.train(stage, course(toy, tmp_path)) == 0
     rows = (tmp_path / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + toy[1].adapt.steps
-    assert rows[0].startswith("step,gradient_norm,loss")
+    assert rows[0].startswith("step,gradient_norm,hearing,loss")
     again = adapt_stage(toy)
     assert trainer.train(again, course(toy, tmp_path)) == 0
     assert again.step_count == toy[1].adapt.steps

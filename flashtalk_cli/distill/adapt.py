@@ -72,6 +72,25 @@ def adapt_loss(dit: DiT, batch: Batch, stage: Adapt, generator: Generator) -> Te
     return loss
 
 
+def hearing(dit: DiT, batch: Batch, shift: float, generator: Generator) -> Tensor:
+    """By what share errors around the mouth grow when each example hears another's speech.
+
+    About 0 for a network that does not listen yet (or that hears a batch of one). Computed as in
+    training, gradients recorded and dropped, so that a compiled network needs no second compilation.
+    """
+    noise = torch.randn(batch.latents.shape, generator=generator, device=generator.device)
+    time = losses.draw_times(len(noise), shift, generator)
+    free = losses.free_mask(batch.latents, batch.held)
+    x = torch.lerp(batch.latents, losses.noised(batch.latents, noise, time), free)
+    mouth = free * (face_weight(batch.box, batch.latents.shape, 2.0) - 1)
+
+    def error(windows: Tensor) -> Tensor:
+        velocity = velocity_of(dit, x, time, batch.y, batch.text, batch.tokens, windows).detach()
+        return losses.flow_matching(velocity, batch.latents, noise, mouth)
+
+    return error(batch.windows.roll(1, 0)) / error(batch.windows).clamp(min=1e-8) - 1
+
+
 class AdaptStage:
     """Stage 1 as the trainer drives it."""
 
@@ -104,6 +123,12 @@ class AdaptStage:
             loss.backward()
             total += loss.detach()
         return {"loss": total, "gradient_norm": self.trained.update()}
+
+    def probe(self) -> dict[str, Tensor]:
+        """How much the network listens: see `hearing`."""
+        generator = torch.Generator(self.own.device).manual_seed(self.step_count)
+        batch = self.pool.buckets[0].draw(self.per_pass, self.stage.first_share, generator)
+        return {"hearing": hearing(self.trained.dit, batch, self.stage.shift, generator)}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""

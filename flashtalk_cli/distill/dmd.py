@@ -208,6 +208,10 @@ class DistillStage:
         held = torch.full((len(clean),), motion.shape[2], device=clean.device)
         return Noised(clean, noise, time, x, losses.free_mask(clean, held))
 
+    def probe(self) -> dict[str, Tensor]:
+        """Nothing besides."""
+        return {}
+
     def _draw(self, n: int) -> int:
         return int(torch.randint(n, (), generator=self.shared))
 

@@ -39,6 +39,10 @@ class Stage(Protocol):
         """One update; what to log, on the device."""
         ...
 
+    def probe(self) -> dict[str, Tensor]:
+        """What is only worth measuring when a line is logged; draws nothing that training draws from."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
         ...
@@ -85,6 +89,7 @@ def train(stage: Stage, course: Course) -> int:
         late = course.max_seconds is not None and now_s - started_s > course.max_seconds
         ending = interrupted or ranks.any(late)
         if step % keeping.log_every_steps == 0 or ending or step == stage.steps:
+            running.add(stage.probe())
             found = running.flush(ranks, step)
             now_s = time.monotonic()
             found["steps_per_s"] = (step - logged_step) / max(1e-9, now_s - logged_s)
