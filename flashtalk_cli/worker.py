@@ -33,6 +33,7 @@ from flashtalk_cli.media.loudness import gain_to
 from flashtalk_cli.media.video_file import VideoFile
 from flashtalk_cli.models import weights
 from flashtalk_cli.models.attention import choose_kernel
+from flashtalk_cli.models.device import choose_device, choose_dtype
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.parallel.mesh import choose_mesh
 from flashtalk_cli.parallel.ranks import Ranks, join, lost_peers
@@ -41,20 +42,6 @@ from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.session import Conditions, Models, State, begin, prepare, step, talk, to_bytes
 
 ORPHAN_S = 10.0  # what a rank without a parent gets to close its file
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def choose_device(name: str) -> torch.device:
-    """The device a preset names; `auto` is the first GPU where there is one.
-
-    Raises DeviceError when a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"no CUDA device is visible to torch {torch.__version__}: "
-            "install a driver and a CUDA build of torch, or use --device cpu"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class Worker:
@@ -92,14 +79,15 @@ class Worker:
         """The networks that run in every chunk."""
         self.emitter.emit("stage", name="weights", detail=f"{self.folder.path} on {self.device}")
         precision, options = self.preset.precision, {"random": self.random}
-        kernel = choose_kernel(self.preset.compute.attention, self.device, DTYPES[precision.dit])
-        dit = weights.load_dit(self.folder, self.device, DTYPES[precision.dit], kernel=kernel, **options)
+        dit_dtype, vae_dtype = (choose_dtype(name, self.device) for name in (precision.dit, precision.vae))
+        kernel = choose_kernel(self.preset.compute.attention, self.device, dit_dtype)
+        dit = weights.load_dit(self.folder, self.device, dit_dtype, kernel=kernel, **options)
         canvas, heads = self.preset.canvas, dit.params.num_heads
         latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
         mesh = choose_mesh(self.ranks, heads, *latents, self.preset.compute.ulysses)
         return Models(
             dit=dit,
-            vae=weights.load_vae(self.folder, self.device, DTYPES[precision.vae], **options),
+            vae=weights.load_vae(self.folder, self.device, vae_dtype, **options),
             sampling=self.preset.sampling,
             device=self.device,
             sequence=mesh.sequence,
