@@ -67,15 +67,17 @@ def face_box(frames: np.ndarray, faces: Faces, min_share: float) -> Box | None:
 
 
 def opencv_faces() -> Faces:
-    """OpenCV's frontal face detector. Raises InputError when OpenCV is not installed."""
+    """OpenCV's frontal face detector. Raises InputError when OpenCV 4 is not installed."""
     try:
         import cv2
-    except ImportError:
+
+        cascade = cv2.CascadeClassifier  # OpenCV 5 has none, and brings no other detector's weights
+    except (ImportError, AttributeError):
         raise InputError(
-            "the face filter needs OpenCV: pip install opencv-python-headless, or switch the filter off "
+            "the face filter needs OpenCV 4: pip install 'opencv-python-headless<5', or switch the filter off "
             "with --set data.min_face_share=0"
         ) from None
-    detector: Any = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
+    detector: Any = cascade(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
 
     def faces(frame: np.ndarray) -> list[Box]:
         grey = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
