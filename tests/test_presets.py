@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from flashtalk_cli import presets
@@ -108,6 +108,7 @@ def test_an_override_lands_where_it_points_and_nowhere_else(data):
 def test_set_reads_back_what_yaml_writes(data):
     path = data.draw(st.sampled_from(sorted(VALUES)))
     value = data.draw(VALUES[path])
+    assume(not isinstance(value, str) or not value or value.splitlines() == [value])  # YAML folds line breaks
     shown = (
         yaml.dump(value, Dumper=presets._Dumper, allow_unicode=True, width=10**6)
         .removesuffix("...\n")
