@@ -37,7 +37,12 @@ def gradients(dit: DiT, kind: str) -> list[Tensor]:
 
     dit.zero_grad()
     for _ in range(2):
-        x, y, text, tokens = normal(2, 16, 3, 8, 8), normal(2, 20, 3, 8, 8), normal(2, 5, 32), normal(2, 5, 32)
+        x, y, text, tokens = (
+            normal(2, 16, 3, 8, 8),
+            normal(2, 20, 3, 8, 8),
+            normal(2, 5, 32),
+            normal(2, 5, 32),
+        )
         windows, t = normal(2, 9, 5, 3, 32), torch.tensor([0.3, 0.8])
         if kind == "loss":
             velocity_of(dit, x, t, y, text, tokens, windows).square().mean().backward()
