@@ -61,9 +61,9 @@ def face_box(frames: np.ndarray, faces: Faces, min_share: float) -> Box | None:
     single = np.asarray([boxes[0] for boxes in large if len(boxes) == 1])
     if any(len(boxes) > 1 for boxes in large) or len(single) < FACE_FRAMES_SHARE * len(found):
         return None
-    x0, y0, x1, y1 = *single[:, :2].min(0), *single[:, 2:].max(0)
+    (x0, y0), (x1, y1) = single[:, :2].min(0).tolist(), single[:, 2:].max(0).tolist()
     dx, dy = (BOX_GROWTH - 1) / 2 * (x1 - x0), (BOX_GROWTH - 1) / 2 * (y1 - y0)
-    return float(x0 - dx), float(y0 - dy), float(x1 + dx), float(y1 + dy)
+    return x0 - dx, y0 - dy, x1 + dx, y1 + dy
 
 
 def opencv_faces() -> Faces:

@@ -36,6 +36,9 @@ class Trained:
             self.parameters = self.working
         else:
             self.parameters = [nn.Parameter(p.detach().float()) for p in self.working]
+            self.gradients = [torch.zeros_like(p) for p in self.parameters]
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
         self.average = None if ema_decay is None else [p.detach().clone() for p in self.parameters]
         fused = self.working[0].device.type == "cuda"
         self.adam = torch.optim.AdamW(
@@ -51,10 +54,7 @@ class Trained:
         """Move the parameters by the gradients that are there; the gradients' norm before clipping."""
         if self.parameters is not self.working:
             found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.working]
-            for parameter in self.parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            torch._foreach_copy_([p.grad for p in self.parameters], found)
+            torch._foreach_copy_(self.gradients, found)
             for worked in self.working:
                 worked.grad = None
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimiser.clip_norm)

@@ -64,7 +64,9 @@ class Plan:
     performance: Performance
     samples: np.ndarray
     origin: int
-    backdrop: Tensor
+    backdrop: (
+        np.ndarray
+    )  # no tensor: those would travel through shared memory, of which containers have little
 
 
 def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
@@ -86,7 +88,7 @@ def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
         performance=whole.cut(before, before + cast.n_frames),
         samples=(heard * np.float32(gain)).astype(np.float32),
         origin=before * SAMPLE_RATE_HZ // 25,
-        backdrop=draw_backdrop(spec, cast.height_px, cast.width_px),
+        backdrop=draw_backdrop(spec, cast.height_px, cast.width_px).numpy(),
     )
 
 
@@ -124,7 +126,7 @@ def film_plans(plans: list[Plan], cast: Cast, device: torch.device) -> Filmed:
         [plan.performance for plan in plans],
         (cast.height_px, cast.width_px),
         str(device),
-        backdrops=[plan.backdrop for plan in plans],
+        backdrops=[torch.from_numpy(plan.backdrop) for plan in plans],
     )
     boxes = grown(rendered.mouth_box.float().cpu(), MOUTH_TO_FACE)
     clips = [
