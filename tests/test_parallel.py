@@ -259,6 +259,7 @@ def frames_of(place: Path, gpus: int) -> np.ndarray:
         "2",
     ]
     command += ["--set", "sampling.chunk_frames=13", "--set", "hearing.context_s=2", "--crf", "0"]
+    command += ["--set", "precision.dit=float32", "--set", "precision.vae=float32"]
     command += ["--device", "cpu", "--gpus", str(gpus)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-m", "flashtalk_cli", *command], cwd=place, env=environment, check=True)
