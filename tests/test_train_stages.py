@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_training import SIDE_PX, load_presets, write_presets
 
+from flashtalk_cli import presets
 from flashtalk_cli.config import Canvas, Sampling
 from flashtalk_cli.distill import adapt, checkpoint, dmd, memory, networks, shards, trainer
 from flashtalk_cli.distill.config import Distill, Network, Optimiser, TrainPreset
@@ -438,3 +440,22 @@ def test_first_weights_follow_from_the_seed(seed: int) -> None:
     velocity = adapt.velocity_of(one, torch.ones(1, 16, 2, 4, 4), torch.ones(1), torch.ones(1, 20, 2, 4, 4),
                                  torch.ones(1, 2, 8), torch.ones(1, 3, 8), torch.ones(1, 5, 5, 1, 8))  # fmt: skip
     assert velocity.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", presets.names(presets.Kind(TrainPreset, "train")))
+def test_packaged_presets_load_and_name_a_render_preset(name: str) -> None:
+    """Every file under presets/train is whole, and what it says comes back from what is dumped of it."""
+    kind = presets.Kind(TrainPreset, "train")
+    preset = presets.load(name, (), kind)
+    assert preset.name == name
+    assert presets.load(preset.render).sampling.shift == preset.adapt.shift == preset.distill.shift
+    assert TrainPreset.model_validate(yaml.safe_load(presets.dump(preset))) == preset
+
+
+def test_the_14b_preset_has_the_papers_figures() -> None:
+    preset = presets.load("soulx-14b", (), presets.Kind(TrainPreset, "train"))
+    stage_1, stage_2 = preset.adapt, preset.distill
+    assert (stage_1.steps, stage_1.batch, stage_1.optimiser.learning_rate) == (1000, 32, 2e-6)
+    assert (stage_2.steps, stage_2.chunks, stage_2.critic_updates) == (200, 5, 5)
+    assert (stage_2.student.learning_rate, stage_2.critic.learning_rate) == (2e-6, 4e-7)
+    assert (stage_2.text_guidance, stage_2.audio_guidance) == (3.0, 4.0)
