@@ -7,6 +7,7 @@ layer remembers of earlier frames (None before the first), and what comes out re
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from flashtalk_cli.parallel.spatial import Tiles
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Past: TypeAlias = Any  # None, a tensor, or a tuple of pasts; only the layer that made it looks inside
 
@@ -120,6 +123,10 @@ class RmsNorm(nn.Module):
         """[..., W, C] to the same; SiLU on top where asked. Computed in float32 at least."""
         width, channels = x.shape[-2:]
         gamma = self.gamma.flatten()
+        if x.is_cuda and HAS_TRITON:
+            from flashtalk_cli.models.vae_triton import NormSilu
+
+            return NormSilu.apply(x, gamma, silu)
         if x.device.type != "cpu":
             y = F.rms_norm(x, (channels,), gamma, eps=_NORM_FLOOR**2)
             return F.silu(y) if silu else y
@@ -252,6 +259,10 @@ def with_past(x: Tensor, past: Past) -> tuple[Tensor, Tensor]:
 
 def stack_frames(frames: Tensor) -> Tensor:
     """Each frame's two predecessors and itself side by side: [B, 2 + T, H, W, C] to [B, T, H, W, 3 C]."""
+    if frames.is_cuda and frames.requires_grad and HAS_TRITON:
+        from flashtalk_cli.models.vae_triton import StackFrames
+
+        return StackFrames.apply(frames)
     return torch.cat([frames[:, :-2], frames[:, 1:-1], frames[:, 2:]], dim=-1)
 
 

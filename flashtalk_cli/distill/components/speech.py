@@ -1,0 +1,231 @@
+"""Training the embedded model's speech encoder from nothing: a small wav2vec 2.0.
+
+It learns from synthetic speech whose sounds are known. From the output of every block, at every
+frame of the video, four readers tell which sound is heard, how the mouth is shaped by it and its
+neighbours, and how loud it is: the readers are thrown away, and what they read stays in the
+features. The windows are those of rendering (8 s, zero mean and unit variance, at times beginning
+with the zeros of a stream's start), brought to the video's frame rate inside the network as
+rendering does it, by the same code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flashtalk_cli.distill.components.windows import (
+    WINDOW_FRAMES,
+    WindowPool,
+    Windows,
+    draw_window,
+    normalise,
+    vary,
+)
+from flashtalk_cli.distill.people.bank import SpeechBank
+from flashtalk_cli.distill.people.phonemes import CLASSES, MOUTHS, SHAPES
+from flashtalk_cli.models.speech import build_speech, features_of
+
+log = logging.getLogger(__name__)
+
+MINI: dict[str, Any] = {
+    **{"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256},
+    **{"conv_dim": [64] * 7, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 4},
+    **{"feat_extract_norm": "group", "do_stable_layer_norm": False},
+}
+LAYER_WEIGHTS = (0.2, 0.4, 0.6, 1.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train."""
+
+    seconds: float = 300.0
+    fill_s: float = 25.0  # of drawing windows before it
+    pool_windows: int = 6000
+    batch: int = 32
+    rate: float = 2e-3
+    warm_up_steps: int = 400
+    average: float = 0.999
+    workers: int = 6
+    measured_windows: int = 96
+    seed: int = 0
+
+
+TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2)
+"""Nothing is learned at this size; every line is run."""
+
+
+def build_trainable(config: dict[str, Any], seed: int) -> Any:
+    """The network with its initial weights, float32 on the CPU."""
+    from transformers import Wav2Vec2Model
+
+    torch.manual_seed(seed)
+    settings = build_speech(
+        {**config, "layerdrop": 0.0, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    ).config
+    return Wav2Vec2Model(settings)
+
+
+class Readers(nn.Module):
+    """A linear reader for each block: scores of every sound, then mouth shapes, then loudness."""
+
+    def __init__(self, layers: int, dim: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(dim, len(CLASSES) + len(SHAPES) + 1) for _ in range(layers))
+
+    def forward(self, heard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, layers, dim] to scores [B, T, layers, sounds], shapes [..., 7] and loudness [...]."""
+        read = torch.stack([layer(heard[:, :, i]) for i, layer in enumerate(self.layers)], dim=2).float()
+        return read[..., : len(CLASSES)], read[..., len(CLASSES) : -1], read[..., -1]
+
+
+def reading_loss(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> Tensor:
+    """Cross-entropy of sounds, and mean error of shapes and loudness; later blocks weigh more."""
+    scores, shapes, loudness = read
+    weights = torch.tensor(LAYER_WEIGHTS[-scores.shape[2] :], device=scores.device)
+    total = torch.zeros((), device=scores.device)
+    for i, weight in enumerate(weights):
+        sounds = F.cross_entropy(scores[:, :, i].flatten(0, 1), labels.sounds.flatten(), label_smoothing=0.03)
+        shaped = F.smooth_l1_loss(shapes[:, :, i], labels.shapes, beta=0.1)
+        loud = F.smooth_l1_loss(loudness[:, :, i], labels.loudness, beta=0.1)
+        total = total + weight * (sounds + 6 * shaped + loud)
+    return total / weights.sum()
+
+
+def train(
+    bank: SpeechBank,
+    plan: Plan,
+    device: str,
+    start: Mapping[str, Tensor] | None = None,
+    save: Callable[[nn.Module, int], None] | None = None,
+) -> tuple[Any, Readers, list[dict[str, float]]]:
+    """Trains for `plan.seconds` after drawing; returns the averaged network, its readers, and a log.
+
+    start: weights to begin with; None: drawn ones. save(network, step): called about every minute.
+    """
+    pool = WindowPool(bank, plan.pool_windows, device, plan.workers, plan.seed)
+    module = build_trainable(MINI, plan.seed)
+    if start is not None:
+        module.load_state_dict({name: value.float() for name, value in start.items()})
+    readers = Readers(module.config.num_hidden_layers, module.config.hidden_size)
+    both = nn.ModuleDict({"module": module, "readers": readers}).to(device).train()
+    averaged = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
+    fused = {"fused": True} if device != "cpu" else {}
+    optimizer = torch.optim.AdamW(
+        both.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.05, **fused
+    )
+    generator = torch.Generator(device).manual_seed(plan.seed)
+    rng = np.random.default_rng(plan.seed)
+    filled_s = time.monotonic() + plan.fill_s
+    while pool.count < min(plan.batch, plan.pool_windows) or (
+        pool.count < plan.pool_windows and time.monotonic() < filled_s
+    ):
+        pool.add()
+    log.info("speech: %d windows of 8 s", pool.count)
+    lines: list[dict[str, float]] = []
+    began_s = said_s = saved_s = time.monotonic()
+    step = 0
+    while (spent_s := time.monotonic() - began_s) < plan.seconds:
+        rate = min(1.0, (step + 1) / plan.warm_up_steps) * (
+            0.01 + 0.495 * (1 + math.cos(math.pi * spent_s / plan.seconds))
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate * rate
+        samples, labels = vary(pool.draw(plan.batch, generator), generator, rng)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+            read = readers(features_of(module, samples, labels.sounds.shape[1]))
+        loss = reading_loss(read, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        averaged.update_parameters(both)
+        step += 1
+        if step % 4 == 0:
+            pool.add()
+        if step <= 3 or time.monotonic() - said_s > 10:
+            line = {
+                "step": step,
+                "seconds": round(spent_s, 1),
+                "loss": round(loss.item(), 4),
+                **accuracy(read, labels),
+            }
+            log.info("speech %s", line)
+            lines.append(line)
+            said_s = time.monotonic()
+        if save and time.monotonic() - saved_s > 60:
+            save(averaged.module.get_submodule("module"), step)
+            saved_s = time.monotonic()
+    best: Any = averaged.module.eval()
+    return best["module"], best["readers"], lines
+
+
+# Sounds that look alike: by the shape of the mouth that makes them.
+LOOKS = torch.tensor(
+    [sorted({repr(m) for m in MOUTHS.values()}).index(repr(MOUTHS[name])) for name in CLASSES]
+)
+
+
+@torch.no_grad()
+def accuracy(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> dict[str, float]:
+    """Shares of frames told right by the last block: sounds, looks, sounds where someone speaks; and
+    the correlation of the jaw's curve."""
+    told, truth = read[0][:, :, -1].argmax(-1), labels.sounds
+    looks = LOOKS.to(truth.device)
+    right = (told == truth).float()
+    jaw = torch.corrcoef(torch.stack([read[1][:, :, -1, 0].flatten(), labels.shapes[..., 0].flatten()]))[0, 1]
+    return {
+        "sounds": round(right.mean().item(), 4),
+        "spoken": round(right[truth > 0].mean().item(), 4),
+        "looks": round((looks[told] == looks[truth]).float().mean().item(), 4),
+        "silence": round(((told == 0) == (truth == 0)).float().mean().item(), 4),
+        "jaw": round(jaw.item(), 4),
+    }
+
+
+@torch.no_grad()
+def measure(
+    module: Any, readers: Readers, bank: SpeechBank, count: int, seed: int = 0, clean: bool = True
+) -> dict[str, Any]:
+    """Accuracies on windows of a bank, by every block, and the features' mean and standard deviation."""
+    rng = np.random.default_rng((43, seed))
+    device = next(module.parameters()).device
+    drawn = [draw_window(bank, rng, clean) for _ in range(count)]
+    windows = Windows(*(torch.from_numpy(np.stack(values)).to(device) for values in zip(*drawn, strict=True)))
+    pieces = [
+        features_of(module, normalise(windows.samples[i : i + 16].float() / 32768), WINDOW_FRAMES)
+        for i in range(0, count, 16)
+    ]
+    heard = torch.cat(pieces)
+    scores, shapes, loudness = readers(heard)
+    by_layer = {
+        f"layer_{i + 1}": accuracy(
+            (scores[:, :, i : i + 1], shapes[:, :, i : i + 1], loudness[:, :, i : i + 1]), windows
+        )
+        for i in range(scores.shape[2])
+    }
+    return {
+        **by_layer,
+        "feature_mean": round(heard.mean().item(), 3),
+        "feature_std": [round(v, 3) for v in heard.std((0, 1, 3)).tolist()],
+    }
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """The weights, float32, under their released names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = deepcopy(module).float().cpu().state_dict()
+    save_file({name: value.contiguous() for name, value in kept.items()}, path)

@@ -1,0 +1,273 @@
+"""Training the embedded model's video VAE from nothing: see `vae` for what is minimised.
+
+What is kept is the running average of the weights. Noise of up to 0.03 standard deviations is added
+to what the decoder sees, in the last two thirds of the time, so that a diffusion model's small errors
+stay small in the picture.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from flashtalk_cli.distill.components.pictures import draw_stills, film, vary_colours
+from flashtalk_cli.distill.components.pool import ClipPool
+from flashtalk_cli.distill.components.vae import MINI, draw_weights, objective, whiten
+from flashtalk_cli.models.vae import Vae, VaeParams
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one size, taken every so many steps: a clip's beginning trains every shorter clip too."""
+
+    every: int
+    people: int
+    pictures: int
+    n_frames: int
+    height_px: int
+    width_px: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train."""
+
+    seconds: float = 450.0  # of training, compilation included
+    fill_s: float = 45.0  # of rendering before it
+    pool_clips: int = 3000
+    pool_frames: int = 33
+    pool_side_px: int = 192
+    stills: int = 1500
+    stills_side_px: int = 256
+    held_out_clips: int = 16
+    batches: tuple[Batch, ...] = (
+        Batch(every=1, people=7, pictures=1, n_frames=17, height_px=160, width_px=160),
+        Batch(every=10, people=3, pictures=1, n_frames=33, height_px=128, width_px=192),
+    )
+    rate: float = 2e-3
+    warm_up_steps: int = 200
+    average: float = 0.999
+    noise: float = 0.03  # standard deviations at most; none in the first third of the time
+    kl: float = 1e-6
+    unit: float = 2e-3
+    refresh_share: float = 0.1
+    seed: int = 0
+
+
+TOY = Plan(
+    pool_clips=2,
+    pool_frames=9,
+    pool_side_px=40,
+    stills=10,
+    stills_side_px=64,
+    held_out_clips=1,
+    batches=(Batch(1, 1, 1, 5, 32, 32), Batch(4, 1, 1, 9, 32, 40)),
+    warm_up_steps=5,
+)
+"""Nothing is learned at this size; every line is run."""
+
+
+class Gradient:
+    """The objective's gradient, left in `weights`' grads; on a GPU one CUDA graph a shape of video.
+
+    The network is small: the thousands of kernels of a step take longer to launch than to run.
+    """
+
+    def __init__(self, plan: Plan, runs: Vae, weights: list[nn.Parameter]) -> None:
+        self.plan, self.runs, self.weights = plan, runs, weights
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        self._graphs: dict[
+            torch.Size, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]
+        ] = {}
+
+    def compute(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and squared error of a batch; overwritten by the next call of that shape."""
+        if not video.is_cuda:
+            return self._compute(video, noise)
+        if video.shape not in self._graphs:
+            self._graphs[video.shape] = self._capture(video.clone(), noise.clone())
+        graph, inputs, outputs = self._graphs[video.shape]
+        for kept, new in zip(inputs, (video, noise), strict=True):
+            kept.copy_(new)
+        graph.replay()
+        loss, squared = outputs
+        return loss, squared
+
+    def _compute(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        self.runs.zero_grad(set_to_none=True)
+        loss, squared = objective(self.runs, video, noise, self.plan.kl, self.plan.unit)
+        loss.backward()
+        for weight, run in zip(self.weights, self.runs.parameters(), strict=True):
+            assert weight.grad is not None
+            assert run.grad is not None
+            weight.grad.copy_(run.grad)
+        return loss.detach(), squared
+
+    def _capture(
+        self, video: Tensor, noise: Tensor
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # kernels are chosen and compiled before they are recorded
+            for _ in range(2):
+                self._compute(video, noise)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self._compute(video, noise)
+        return graph, (video, noise), outputs
+
+
+class Trainer:
+    """Weights, their running average, and a copy whose gradients belong to CUDA graphs."""
+
+    def __init__(self, plan: Plan, params: VaeParams, device: str) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan = plan
+        self.master = Vae(params).to(device)
+        draw_weights(self.master)
+        self.runs = Vae(params).to(device)
+        self.averaged = AveragedModel(self.master, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
+        fused = {"fused": True} if device != "cpu" else {}
+        self.weights = list(self.master.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-4, **fused
+        )
+        self.gradient = Gradient(plan, self.runs, self.weights)
+        self.steps = 0
+        self._share()
+        self.remember()
+
+    @property
+    def average(self) -> Vae:
+        """The VAE of the averaged weights."""
+        module = self.averaged.module
+        assert isinstance(module, Vae)
+        return module
+
+    @torch.no_grad()
+    def _share(self) -> None:
+        torch._foreach_copy_([*self.runs.parameters()], [*self.weights])
+
+    def begin(self, video: Tensor) -> None:
+        """Fit the weights that were drawn to a first batch of video."""
+        whiten(self.master, video)
+        self._share()
+        self.remember()
+
+    def remember(self) -> None:
+        """Keep a copy of all that training has changed, to come back to."""
+        self._kept = deepcopy(
+            (self.master.state_dict(), self.averaged.state_dict(), self.optimizer.state_dict())
+        )
+
+    def come_back(self) -> None:
+        """Return to the last copy: for a step that made numbers that are none."""
+        master, averaged, optimizer = deepcopy(self._kept)
+        self.master.load_state_dict(master)
+        self.averaged.load_state_dict(averaged)
+        self.optimizer.load_state_dict(optimizer)
+        self._share()
+
+    def step(self, video: Tensor, noise: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """One update; `progress` in 0..1 sets the learning rate. Returns loss and squared error."""
+        warm = min(1.0, (self.steps + 1) / self.plan.warm_up_steps)
+        rate = self.plan.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, squared = self.gradient.compute(video, noise)
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self._share()
+        self.averaged.update_parameters(self.master)
+        self.steps += 1
+        return loss, squared
+
+
+def batches(
+    pool: ClipPool, stills: Tensor, plan: Plan, generator: Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end: video [B, 3, T, H, W] in [-1, 1], and noise for its latents."""
+    rng = np.random.default_rng(plan.seed)
+    for number in itertools.count():
+        size = [batch for batch in plan.batches if number % batch.every == batch.every - 1][-1]
+        shape = (size.n_frames, size.height_px, size.width_px)
+        people = vary_colours(pool.draw(size.people, *shape, rng), generator)
+        chosen = torch.from_numpy(rng.integers(len(stills), size=size.pictures)).to(stills.device)
+        video = torch.cat([people, film(stills[chosen].float() / 255, *shape, generator)]) * 2 - 1
+        latents = (len(video), 16, 1 + (size.n_frames - 1) // 4, size.height_px // 8, size.width_px // 8)
+        noise = torch.randn(latents, generator=generator, device=video.device)
+        amount = torch.rand((len(video), 1, 1, 1, 1), generator=generator, device=video.device)
+        yield video, noise * amount * plan.noise
+
+
+def train(
+    pool: ClipPool,
+    plan: Plan,
+    device: str,
+    params: VaeParams = MINI,
+    save: Callable[[Vae, int], None] | None = None,
+) -> tuple[Vae, list[dict[str, float]]]:
+    """Trains for `plan.seconds`; returns the averaged VAE, float32 on the device, and a log of lines.
+
+    save(vae, step): called about every minute with the average so far.
+    """
+    trainer = Trainer(plan, params, device)
+    generator = torch.Generator(device).manual_seed(plan.seed)
+    stills = torch.cat(
+        [(draw_stills(n, plan.stills_side_px, generator) * 255).byte() for n in _pieces(plan.stills, 100)]
+    )
+    began_s = said_s = saved_s = time.monotonic()
+    lines: list[dict[str, float]] = []
+    sums, counted = torch.zeros(2, device=device), 0
+    for video, noise in batches(pool, stills, plan, generator):
+        spent_s = time.monotonic() - began_s
+        if spent_s > plan.seconds:
+            break
+        if not trainer.steps:
+            trainer.begin(video)
+        progress = spent_s / plan.seconds
+        noise = noise * min(max(3 * progress - 1, 0), 1)
+        sums += torch.stack(trainer.step(video, noise, progress))
+        counted += 1
+        if trainer.steps % 10 == 0:
+            pool.refresh(plan.refresh_share, began_s)
+        if trainer.steps <= 3 or time.monotonic() - said_s > 10:
+            loss, squared = (sums / counted).tolist()
+            ratio_db = round(10 * math.log10(max(4 / squared, 1e-9)), 2)
+            line = {
+                "step": trainer.steps,
+                "seconds": round(spent_s, 1),
+                "loss": round(loss, 4),
+                "psnr_db": ratio_db,
+            }
+            log.info("vae %s", line)
+            lines.append(line)
+            said_s, counted = time.monotonic(), 0
+            sums.zero_()
+            if math.isfinite(loss):
+                trainer.remember()
+            else:
+                log.warning("vae came back from a loss of %s at step %d", loss, trainer.steps)
+                trainer.come_back()
+        if save and time.monotonic() - saved_s > 60 and math.isfinite(lines[-1]["loss"]):
+            save(trainer.average, trainer.steps)
+            saved_s = time.monotonic()
+    return trainer.average.eval(), lines
+
+
+def _pieces(total: int, at_most: int) -> list[int]:
+    return [min(at_most, total - start) for start in range(0, total, at_most)]

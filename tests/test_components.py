@@ -1,0 +1,445 @@
+"""The embedded model's parts in training: what they minimise, begin with, learn from, and leave behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashtalk_cli.distill.components import export, image, pictures, speech, vae, vae_training, windows
+from flashtalk_cli.distill.people.bank import Speech
+from flashtalk_cli.distill.people.phonemes import CLASSES, SHAPES, Sound
+from flashtalk_cli.distill.people.spec import draw_person
+from flashtalk_cli.errors import ModelError
+from flashtalk_cli.models.folder import find
+from flashtalk_cli.models.speech import SpeechEncoder, features_of
+from flashtalk_cli.models.vae import Vae, VaeParams
+from flashtalk_cli.models.verify import verify_folder
+from flashtalk_cli.models.weights import (
+    load_dit,
+    load_image_encoder,
+    load_speech_encoder,
+    load_text_encoder,
+    load_vae,
+)
+
+CPU = torch.device("cpu")
+SMALL = VaeParams(dim=8, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def clip(seed: int = 0, n: int = 2, n_frames: int = 5, side_px: int = 32) -> Tensor:
+    """Moving pictures [n, 3, T, side, side] in [-1, 1]."""
+    stills = pictures.draw_stills(max(n, 5), 48, generator(seed))[:n]
+    return pictures.film(stills, n_frames, side_px, side_px, generator(seed)) * 2 - 1
+
+
+def new_vae(seed: int = 0) -> Vae:
+    torch.manual_seed(seed)
+    model = Vae(SMALL)
+    vae.draw_weights(model)
+    for name, weight in model.named_parameters():  # a block that is the identity would hide its own faults
+        if name.endswith("residual.6.weight"):
+            torch.nn.init.normal_(weight, std=0.05)
+    return model.eval()
+
+
+# Pictures
+
+
+@settings(max_examples=10, deadline=None)
+@given(count=st.integers(1, 7), seed=st.integers(0, 99))
+def test_pictures_are_in_range_and_follow_from_their_seed(count: int, seed: int) -> None:
+    drawn = pictures.draw_stills(count, 32, generator(seed))
+    assert drawn.shape == (count, 3, 32, 32)
+    assert drawn.min() >= 0
+    assert drawn.max() <= 1
+    assert drawn.std() > 0.01
+    assert torch.equal(drawn, pictures.draw_stills(count, 32, generator(seed)))
+
+
+def test_films_move_or_rest() -> None:
+    """Some cameras move and some rest; a resting one's frames are equal."""
+    clips = pictures.film(torch.rand(24, 3, 48, 48, generator=generator()), 5, 16, 24, generator(1))
+    assert clips.shape == (24, 3, 5, 16, 24)
+    change = (clips[:, :, 1:] - clips[:, :, :-1]).abs().amax((1, 2, 3, 4))
+    assert 4 <= (change == 0).sum() <= 20
+    assert change.max() > 0.01
+
+
+def test_colours_vary_only_where_chosen() -> None:
+    clips = torch.rand(6, 3, 2, 8, 8, generator=generator())
+    assert torch.equal(pictures.vary_colours(clips, generator(1), share=0.0), clips)
+    varied = pictures.vary_colours(clips, generator(1), share=1.0)
+    assert (varied - clips).abs().amax((1, 2, 3, 4)).min() > 0.01
+    assert varied.min() >= 0
+    assert varied.max() <= 1
+
+
+# The VAE
+
+
+@torch.no_grad()
+def test_training_walks_as_rendering_does() -> None:
+    """Parity: latents and video of the trained walk are those of `encode` and `decode`, the clamp aside."""
+    model, video = new_vae(), clip(n_frames=9)
+    made, latents, _ = vae.autoencode(model, video, torch.zeros(2, 16, 3, 4, 4))
+    wanted, _ = model.encode(video)
+    torch.testing.assert_close(rearrange(latents, "b t h w c -> b c t h w"), wanted, rtol=1e-4, atol=1e-5)
+    decoded, _ = model.decode(wanted)
+    torch.testing.assert_close(
+        rearrange(made.clamp(-1, 1), "b t h w c -> b c t h w"), decoded, rtol=1e-4, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_normalised_latents_are_unit_and_decode_to_the_same_video() -> None:
+    """Exact: measured again, every channel has mean 0 and deviation 1; the video does not change."""
+    model, video = new_vae(), clip(n_frames=9)
+    latents, _ = model.encode(video)
+    before, _ = model.decode(latents)
+    quiet = torch.zeros_like(latents)
+    _, _, log_variance = vae.autoencode(model, video, quiet)
+    mean, std = vae.latent_statistics(model, [video])
+    vae.normalise_latents(model, mean, std)
+    mean_after, std_after = vae.latent_statistics(model, [video])
+    torch.testing.assert_close(mean_after, torch.zeros(16), rtol=0, atol=1e-4)
+    torch.testing.assert_close(std_after, torch.ones(16), rtol=1e-4, atol=0)
+    after, _ = model.decode(model.encode(video)[0])
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-4)
+    _, _, moved = vae.autoencode(model, video, quiet)
+    wanted = (log_variance - 2 * std.log()).clamp(-12, 4)  # the range that training uses
+    torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_whitened_latents_are_uncorrelated() -> None:
+    model, video = new_vae(), clip(n=4, n_frames=9)
+    vae.whiten(model, video)
+    flat = vae.autoencode(model, video, torch.zeros(4, 16, 3, 4, 4))[1].flatten(0, 3)
+    known = flat.std(0) > 0.9  # directions that this little video shows at all
+    assert known.sum() >= 12
+    torch.testing.assert_close(
+        torch.cov(flat.T)[known][:, known], torch.eye(int(known.sum())), rtol=0, atol=0.02
+    )
+
+
+@torch.no_grad()
+def test_drawn_weights_let_the_picture_through() -> None:
+    """An untrained encoder's latents tell places apart; drawn as torch does it, hardly more than noise would."""
+    video, quiet = clip(n=4), torch.zeros(4, 16, 2, 4, 4)
+    torch.manual_seed(0)
+    model = Vae(SMALL)
+    faint = vae.autoencode(model, video, quiet)[1].flatten(0, 3).std(0).mean()
+    vae.draw_weights(model)
+    assert vae.autoencode(model, video, quiet)[1].flatten(0, 3).std(0).mean() > 2 * faint
+
+
+def test_reconstruction_loss_is_zero_at_the_truth_alone() -> None:
+    video = rearrange(clip(), "b c t h w -> b t h w c")
+    nothing = vae.reconstruction_loss(video, video)
+    assert 0 <= nothing < 0.01  # what is left are the soft corners of the absolute values
+    worse = [
+        float(vae.reconstruction_loss(video + amount * torch.randn_like(video), video))
+        for amount in (0.02, 0.1, 0.3)
+    ]
+    assert float(nothing) < worse[0] < worse[1] < worse[2]
+
+
+def test_the_first_frame_weighs_more_than_another() -> None:
+    video = rearrange(clip(), "b c t h w -> b t h w c")
+    first, third = (torch.zeros_like(video) for _ in range(2))
+    first[:, 0], third[:, 2] = 0.2, 0.2
+    assert vae.reconstruction_loss(video + first, video) > 1.3 * vae.reconstruction_loss(video + third, video)
+
+
+def test_similarity_is_scikit_images() -> None:
+    """Parity with the measure that figures are given in, on smooth pictures (windows every second pixel)."""
+    metrics = pytest.importorskip("skimage.metrics")
+    truth = clip(n=1, n_frames=1)[0, :, 0]
+    other = (truth + 0.1 * torch.randn(truth.shape, generator=generator())).clamp(-1, 1)
+    theirs = metrics.structural_similarity(
+        truth.numpy(), other.numpy(), channel_axis=0, data_range=2, use_sample_covariance=False
+    )
+    assert float(vae.similarity(truth[None], other[None])) == pytest.approx(theirs, abs=0.02)
+    assert float(vae.similarity(truth[None], truth[None])) == pytest.approx(1)
+
+
+def test_latents_are_drawn_towards_uncorrelated_unit_channels() -> None:
+    white = torch.randn(2, 3, 16, 16, 16, generator=generator())
+    quiet = torch.zeros_like(white)
+    best = vae.latent_loss(white, quiet, 0.0, 1.0)
+    assert 0 <= best < 0.02
+    alike = white.clone()
+    alike[..., 1] = alike[..., 0]
+    for worse in (alike, 2 * white, 0.3 * white, white + 1):
+        assert vae.latent_loss(worse, quiet, 0.0, 1.0) > best + 0.05
+
+
+class StillPool:
+    """One clip, given again and again."""
+
+    def __init__(self) -> None:
+        self.refreshed = 0
+
+    def draw(self, batch: int, n_frames: int, height_px: int, width_px: int, rng: Any) -> Tensor:
+        return (clip(3, batch, n_frames, height_px) + 1) / 2
+
+    def refresh(self, share: float, since_s: float) -> None:
+        self.refreshed += 1
+
+
+def test_the_vae_learns_and_comes_back() -> None:
+    """A few steps on one clip lower its error; coming back gives the very weights that were kept."""
+    plan = replace(vae_training.TOY, rate=4e-3, warm_up_steps=1)
+    trainer = vae_training.Trainer(plan, SMALL, "cpu")
+    video, noise = clip(3), torch.zeros(2, 16, 2, 4, 4)
+    trainer.begin(video)
+    errors = [float(trainer.step(video, noise, 0.0)[1]) for _ in range(10)]
+    assert errors[-1] < 0.8 * errors[0]
+    trainer.remember()
+    kept = [weight.detach().clone() for weight in trainer.weights]
+    trainer.step(video, noise, 0.0)
+    assert not all(torch.equal(a, b) for a, b in zip(kept, trainer.weights, strict=True))
+    trainer.come_back()
+    assert all(torch.equal(a, b) for a, b in zip(kept, trainer.weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, trainer.runs.parameters(), strict=True))
+
+
+def test_training_ends_in_time_and_saves_its_average() -> None:
+    plan = replace(vae_training.TOY, seconds=2.0, stills=5, batches=(vae_training.Batch(1, 1, 1, 5, 16, 16),))
+    model, lines = vae_training.train(StillPool(), plan, "cpu", SMALL)  # type: ignore[arg-type]
+    assert lines[0]["step"] == 1
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert not model.training
+
+
+def test_batches_take_turns() -> None:
+    """Every size comes as often as the plan says, people first, and noise fits the latents."""
+    plan = replace(
+        vae_training.TOY,
+        batches=(vae_training.Batch(1, 2, 1, 5, 16, 16), vae_training.Batch(3, 1, 1, 9, 16, 24)),
+    )
+    pool: Any = SimpleNamespace(draw=lambda n, t, h, w, rng: torch.rand(n, 3, t, h, w))
+    stills = (torch.rand(4, 3, 32, 32) * 255).byte()
+    stream = vae_training.batches(pool, stills, plan, generator())
+    shapes = [(tuple(video.shape), tuple(noise.shape)) for video, noise in (next(stream) for _ in range(6))]
+    usual, rare = ((3, 3, 5, 16, 16), (3, 16, 2, 2, 2)), ((2, 3, 9, 16, 24), (2, 16, 3, 2, 3))
+    assert shapes == [usual, usual, rare, usual, usual, rare]
+
+
+# Speech
+
+
+class ToneBank:
+    """Speech in which every odd second is the sound `a`, a tone, and every even one silence."""
+
+    def draw(self, rng: np.random.Generator, n_frames: int) -> Speech:
+        times_s = np.arange(n_frames * windows.HOP) / windows.SAMPLE_RATE_HZ
+        on = (times_s.astype(int) % 2).astype(np.float32)
+        samples = (0.2 * on * np.sin(2 * np.pi * 440 * times_s)).astype(np.float32)
+        sounds = [Sound(CLASSES.index("a"), s, s + 1) for s in range(1, n_frames // 25, 2)]
+        return Speech(samples, sounds, on[:: windows.HOP].astype(np.float64), "tone")
+
+
+def tone_windows(count: int = 3) -> windows.Windows:
+    bank: Any = ToneBank()
+    drawn = [windows.draw_window(bank, np.random.default_rng(i), clean=True) for i in range(count)]
+    return windows.Windows(*(torch.from_numpy(np.stack(values)) for values in zip(*drawn, strict=True)))
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_varied_windows_keep_their_labels(seed: int) -> None:
+    """Played faster or slower, coloured, with gaps and zeros: labelled frames are where the tone sounds."""
+    samples, labels = windows.vary(tone_windows(), generator(seed), np.random.default_rng(seed))
+    n_frames = labels.sounds.shape[1]
+    assert samples.shape == (3, n_frames * windows.HOP)
+    loud = rearrange(samples, "n (t s) -> n t s", s=windows.HOP).std(-1)
+    spoken = labels.sounds > 0
+    agree = ((loud > 0.5) == spoken).float().mean()
+    assert agree > 0.85, f"{agree:.2f} of the frames"
+    assert (labels.loudness[~spoken] == 0).float().mean() > 0.9
+    torch.testing.assert_close(samples.mean(1), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(samples.std(1, correction=0), torch.ones(3), rtol=0, atol=1e-3)
+
+
+def test_windows_replace_the_oldest() -> None:
+    bank: Any = ToneBank()
+    pool = windows.WindowPool(bank, 12, "cpu", workers=0, seed=0)
+    pool.add()
+    assert pool.count == 8
+    pool.add()
+    assert pool.count == 12
+    drawn = pool.draw(5, generator())
+    assert drawn.samples.shape == (5, windows.WINDOW_FRAMES * windows.HOP)
+    assert drawn.shapes.shape == (5, windows.WINDOW_FRAMES, len(SHAPES))
+
+
+@torch.no_grad()
+def test_training_hears_as_rendering_does() -> None:
+    """Parity: a window normalised for training gives the features that `SpeechEncoder.encode` gives."""
+    module = speech.build_trainable(speech.MINI, seed=0).eval()
+    samples = 0.05 * torch.randn(windows.WINDOW_FRAMES * windows.HOP, generator=generator()) + 0.01
+    ours = features_of(module, windows.normalise(samples[None]), windows.WINDOW_FRAMES)[0]
+    torch.testing.assert_close(ours, SpeechEncoder(module).encode(samples, windows.WINDOW_FRAMES))
+    assert ours.shape == (windows.WINDOW_FRAMES, 4, 96)
+
+
+def test_reading_right_costs_less_and_counts_as_right() -> None:
+    labels = tone_windows()
+    truth = torch.nn.functional.one_hot(labels.sounds, len(CLASSES)).float()
+    right = (
+        (8 * truth)[:, :, None].repeat(1, 1, 4, 1),
+        labels.shapes[:, :, None].repeat(1, 1, 4, 1),
+        labels.loudness[:, :, None].repeat(1, 1, 4).float(),
+    )
+    wrong = (right[0].roll(1, -1), right[1] + 1, right[2] + 1)
+    assert speech.reading_loss(right, labels) < 0.3 * speech.reading_loss(wrong, labels)
+    found = speech.accuracy(right, labels)
+    assert found["sounds"] == found["spoken"] == found["looks"] == found["silence"] == 1
+    assert found["jaw"] == pytest.approx(1, abs=1e-3)
+    assert speech.accuracy(wrong, labels)["sounds"] < 0.1
+
+
+def test_the_speech_encoder_learns_a_tone() -> None:
+    """Some steps lower the loss; every parameter has moved from where it was drawn."""
+    bank: Any = ToneBank()
+    plan = replace(speech.TOY, seconds=5.0, fill_s=0.5, rate=2e-3)
+    module, _, lines = speech.train(bank, plan, "cpu")
+    assert lines[-1]["step"] >= 3
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    drawn = dict(speech.build_trainable(speech.MINI, plan.seed).named_parameters())
+    still = [name for name, value in module.named_parameters() if torch.equal(value, drawn[name])]
+    assert still in ([], ["masked_spec_embed"])
+
+
+# The image encoder
+
+
+def test_truth_of_people_is_scaled_and_tells_them_apart() -> None:
+    truth = image.truth_of([draw_person(seed) for seed in range(40)], "cpu")
+    assert truth.amounts.mean(0).abs().max() < 1e-4
+    assert (truth.amounts.std(0) < 1.1).all()
+    assert truth.choices.shape == (40, len(image.CHOICES))
+    assert len(truth.choices[:, 0].unique()) > 3
+
+
+def test_the_image_encoder_learns_and_measures() -> None:
+    """A second on a few pictures: the loss falls, figures come out, and the file has the released names."""
+    frames = (torch.rand(20, 2, 64, 64, 3, generator=generator()) * 255).byte()
+    pool: Any = SimpleNamespace(specs=[draw_person(seed) for seed in range(20)], frames=frames)
+    _, short = image.train(pool, 0.05, "cpu", batch=8)
+    module, long = image.train(pool, 3.0, "cpu", batch=8)
+    assert long["steps"] > short["steps"]
+    assert long["loss"] < short["loss"]
+    assert not module.training
+
+
+# Export
+
+
+def write_parts(folder: Path) -> None:
+    """Parts as training leaves them, but untrained."""
+    torch.manual_seed(0)
+    vae.save_weights(Vae(vae.MINI), folder / "vae.safetensors")
+    speech.save_weights(speech.build_trainable(speech.MINI, 0), folder / "speech.safetensors")
+    pool: Any = SimpleNamespace(
+        specs=[draw_person(seed) for seed in range(4)], frames=torch.zeros(4, 1, 64, 64, 3, dtype=torch.uint8)
+    )
+    module, _ = image.train(pool, 0.05, "cpu", batch=2)
+    image.save_weights(module, folder / "image.safetensors")
+
+
+def test_exported_parts_make_a_model_that_loads(tmp_path: Path) -> None:
+    """Contract: verify finds nothing, every loader takes its part, sizes fit, a notice says what is missing."""
+    write_parts(tmp_path / "parts")
+    export.write_mini(tmp_path / "parts", tmp_path / "mini")
+    folder = find(tmp_path / "mini")
+    assert [report.problem for report in verify_folder(folder)] == [""] * 5
+    assert folder.missing() == []
+    assert folder.size_bytes() < 40e6
+    assert folder.config()["_notice"] == export.UNTRAINED
+    load_vae(folder, CPU, torch.float32)
+    load_dit(folder, CPU, torch.float32)
+    rows = load_text_encoder(folder, CPU, torch.float32).encode("A person is talking.")
+    assert rows.shape == (16, 64)
+    tokens = load_image_encoder(folder, CPU, torch.float32).encode(torch.zeros(3, 160, 160))
+    assert tokens.shape == (1, 17, 96)
+    heard = load_speech_encoder(folder, CPU, torch.float32).encode(torch.randn(16000), 25)
+    assert heard.shape == (25, 4, 96)
+
+
+def test_export_keeps_a_trained_motion_network(tmp_path: Path) -> None:
+    """Writing the parts again leaves a trained network and its configuration, and drops no notice of theirs."""
+    write_parts(tmp_path / "parts")
+    mini = tmp_path / "mini"
+    export.write_mini(tmp_path / "parts", mini)
+    trained = {name: value + 1 for name, value in export.no_motion_network().items()}
+    save_file(trained, mini / "diffusion_pytorch_model.safetensors")
+    export.write_config(mini, {**export.CONFIG_MINI, "_made": "by training"})
+    before = (mini / "diffusion_pytorch_model.safetensors").read_bytes()
+    export.write_mini(tmp_path / "parts", mini)
+    assert (mini / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    config = find(mini).config()
+    assert "_notice" not in config
+    assert config["_made"] == "by training"
+
+
+def test_export_names_the_part_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"vae\.safetensors is missing: scripts/train-components makes it"):
+        export.write_mini(tmp_path, tmp_path / "mini")
+
+
+# Kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels", [8, 12, 96])
+@pytest.mark.parametrize("silu", [True, False])
+def test_fused_norm_is_the_plain_one(channels: int, silu: bool) -> None:
+    """Parity of values and gradients with torch's own, for widths that are powers of two and others."""
+    from flashtalk_cli.models.vae_triton import NormSilu
+
+    x = torch.randn(2, 3, 7, 11, channels, device="cuda", requires_grad=True)
+    gamma = (torch.rand(channels, device="cuda") + 0.5).requires_grad_()
+    weight = torch.randn_like(x)
+    ours = NormSilu.apply(x, gamma, silu)
+    theirs = torch.nn.functional.rms_norm(x, (channels,), gamma, eps=1e-24)
+    theirs = torch.nn.functional.silu(theirs) if silu else theirs
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad((ours * weight).sum(), (x, gamma)),
+        torch.autograd.grad((theirs * weight).sum(), (x, gamma)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gradient_of_stacking_is_the_plain_one() -> None:
+    from flashtalk_cli.models.vae_triton import StackFrames
+
+    frames = torch.randn(2, 6, 5, 7, 12, device="cuda", requires_grad=True)
+    ours = StackFrames.apply(frames)
+    theirs = torch.cat([frames[:, :-2], frames[:, 1:-1], frames[:, 2:]], dim=-1)
+    weight = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * weight).sum(), frames),
+        torch.autograd.grad((theirs * weight).sum(), frames),
+    )
