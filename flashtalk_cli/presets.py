@@ -166,8 +166,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would otherwise read as a number."""
+    """Quotes what `_Loader` would otherwise read as a number, or as the end of a line."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Text; where it holds the one line break that is written plain, double quotes make it an escape."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _EXPONENT = re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for _yaml_class in (_Loader, _Dumper):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from flashtalk_cli import presets
@@ -82,6 +82,7 @@ def complaint_lines(argument: str) -> int:
 
 @settings(max_examples=80, deadline=None)
 @given(st.fixed_dictionaries({}, optional=VALUES))
+@example({"name": "\x85", "sampling.prompt": "a\u2028b\x85 c\r\n\ufeff"})
 def test_a_preset_written_out_and_read_again_is_the_same(tmp_path_factory, values):
     # chunk_frames 9 leaves room for both motion_frames
     preset = presets.load("mini", [Override(path, value, "--set") for path, value in values.items()])
