@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashtalk_cli.distill.components import export, image, pictures, speech, vae, vae_training, windows
+from flashtalk_cli.distill.components import (
+    export,
+    first_weights,
+    image,
+    pictures,
+    speech,
+    vae,
+    vae_training,
+    windows,
+)
+from flashtalk_cli.distill.components.muon import Muon, orthogonalise
 from flashtalk_cli.distill.people.bank import Speech
 from flashtalk_cli.distill.people.phonemes import CLASSES, SHAPES, Sound
 from flashtalk_cli.distill.people.spec import draw_person
@@ -50,7 +60,7 @@ def clip(seed: int = 0, n: int = 2, n_frames: int = 5, side_px: int = 32) -> Ten
 def new_vae(seed: int = 0) -> Vae:
     torch.manual_seed(seed)
     model = Vae(SMALL)
-    vae.draw_weights(model)
+    first_weights.draw(model)
     for name, weight in model.named_parameters():  # a block that is the identity would hide its own faults
         if name.endswith("residual.6.weight"):
             torch.nn.init.normal_(weight, std=0.05)
@@ -82,8 +92,13 @@ def test_films_move_or_rest() -> None:
 
 def test_colours_vary_only_where_chosen() -> None:
     clips = torch.rand(6, 3, 2, 8, 8, generator=generator())
-    assert torch.equal(pictures.vary_colours(clips, generator(1), share=0.0), clips)
-    varied = pictures.vary_colours(clips, generator(1), share=1.0)
+    assert torch.equal(pictures.vary_colours(clips, generator(1), turned=0.0, share=0.0), clips)
+    turned = pictures.vary_colours(clips, generator(1), turned=0.5, share=0.0)
+    assert torch.equal(turned[3:], clips[3:])
+    lengths = [(x[:3] - 0.5).norm(dim=1) for x in (turned, clips)]
+    inside = lengths[1] < 0.5  # none of these can have met the limits
+    torch.testing.assert_close(lengths[0][inside], 0.75 * lengths[1][inside])
+    varied = pictures.vary_colours(clips, generator(1), turned=0.0, share=1.0)
     assert (varied - clips).abs().amax((1, 2, 3, 4)).min() > 0.01
     assert varied.min() >= 0
     assert varied.max() <= 1
@@ -126,26 +141,50 @@ def test_normalised_latents_are_unit_and_decode_to_the_same_video() -> None:
 
 
 @torch.no_grad()
-def test_whitened_latents_are_uncorrelated() -> None:
-    model, video = new_vae(), clip(n=4, n_frames=9)
-    vae.whiten(model, video)
-    flat = vae.autoencode(model, video, torch.zeros(4, 16, 3, 4, 4))[1].flatten(0, 3)
-    known = flat.std(0) > 0.9  # directions that this little video shows at all
-    assert known.sum() >= 12
-    torch.testing.assert_close(
-        torch.cov(flat.T)[known][:, known], torch.eye(int(known.sum())), rtol=0, atol=0.02
-    )
-
-
-@torch.no_grad()
-def test_drawn_weights_let_the_picture_through() -> None:
-    """An untrained encoder's latents tell places apart; drawn as torch does it, hardly more than noise would."""
-    video, quiet = clip(n=4), torch.zeros(4, 16, 2, 4, 4)
+def test_first_weights_make_a_mosaic_in_the_right_colours() -> None:
+    """A VAE begins by giving each patch its mean colour, of video that its weights were not fitted to too."""
     torch.manual_seed(0)
     model = Vae(SMALL)
-    faint = vae.autoencode(model, video, quiet)[1].flatten(0, 3).std(0).mean()
-    vae.draw_weights(model)
-    assert vae.autoencode(model, video, quiet)[1].flatten(0, 3).std(0).mean() > 2 * faint
+    first_weights.begin(model, clip(0, n=8, side_px=64), *vae.statistics(CPU))
+    video = clip(7, n=4, side_px=64)
+    latents, _ = model.encode(video)
+    made, _ = model.decode(latents)
+    frames = rearrange(torch.stack([video, made]), "k b c t h w -> k (b t) c h w")
+    truth, patches = (torch.nn.functional.avg_pool2d(x, 8) for x in frames)
+    unexplained = (truth - patches).var((0, 2, 3)) / truth.var((0, 2, 3))
+    assert (unexplained < 0.35).all(), f"{unexplained.tolist()} of red, green and blue"
+    flat = rearrange(latents, "b c t h w -> c (b t h w)")
+    assert (flat.std(1) > 0.5).all()
+    assert (flat.std(1) < 2).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
+def test_muon_moves_every_direction_alike(rows: int, columns: int, seed: int) -> None:
+    """The update of any matrix of full rank has singular values near 1, and its directions' signs."""
+    rank = min(rows, columns)
+    left, _ = torch.linalg.qr(torch.randn(rows, rank, generator=generator(seed)))
+    right, _ = torch.linalg.qr(torch.randn(columns, rank, generator=generator(seed + 1)))
+    gradient = (left * torch.logspace(0, -1.2, rank)) @ right.T
+    found = torch.linalg.svdvals(orthogonalise(gradient[None])[0])
+    assert found.min() > 0.5
+    assert found.max() < 1.3
+    assert (left.T @ orthogonalise(gradient[None])[0] @ right).diagonal().min() > 0.4
+
+
+def test_muon_treats_equal_shapes_each_by_itself() -> None:
+    """Weights worked on together move as each would alone, against their gradient."""
+    weights = [torch.nn.Parameter(torch.zeros(3, 2, 2)) for _ in range(2)]
+    for i, weight in enumerate(weights):
+        weight.grad = torch.randn(3, 2, 2, generator=generator(i))
+    alone = torch.nn.Parameter(torch.zeros(3, 2, 2))
+    alone.grad = weights[1].grad.clone()  # type: ignore[union-attr]
+    for parameters in (weights, [alone]):
+        optimiser = Muon(parameters, lr=0.1)
+        optimiser.step()
+        optimiser.step()
+    torch.testing.assert_close(weights[1], alone)
+    assert (alone * alone.grad).sum() < 0
 
 
 def test_reconstruction_loss_is_zero_at_the_truth_alone() -> None:
@@ -400,7 +439,7 @@ def test_export_keeps_a_trained_motion_network(tmp_path: Path) -> None:
 
 
 def test_export_names_the_part_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"vae\.safetensors is missing: scripts/train-components makes it"):
+    with pytest.raises(ModelError, match=r"vae\.safetensors is missing: scripts/train-mini makes it"):
         export.write_mini(tmp_path, tmp_path / "mini")
 
 

@@ -100,7 +100,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ModelError(f"{path} is missing: scripts/train-components makes it")
+        raise ModelError(f"{path} is missing: scripts/train-mini makes it")
     return load_file(path)
 
 
