@@ -56,6 +56,7 @@ def begin(vae: Vae, video: Tensor, origin: Tensor, unit: Tensor) -> None:
     fit(vae.decoder.head["2"], carried(vae.decoder, vae.decoder.upsamples[-1], z), x)
 
 
+@torch.no_grad()
 def draw(vae: Vae) -> None:
     """Orthogonal convolutions; in the decoder, outside its blocks, such that channels pass through."""
     for name, module in vae.named_modules():

@@ -130,8 +130,12 @@ def film(stills: Tensor, n_frames: int, height_px: int, width_px: int, generator
     return rearrange(clips, "n c (t h) w -> n c t h w", t=n_frames)
 
 
-def vary_colours(clips: Tensor, generator: Generator, share: float = 0.6) -> Tensor:
-    """Clips [N, 3, T, H, W] in [0, 1] in other contrast, brightness and colours; the rest as they are."""
+def vary_colours(clips: Tensor, generator: Generator, turned: float = 0.5, share: float = 0.6) -> Tensor:
+    """Clips [N, 3, T, H, W] in [0, 1] in other contrast, brightness and colours; the rest as they are.
+
+    A part `turned` of them has its colours turned or mirrored about grey, any of the three axes to
+    any place; of all, a part `share` changes a little.
+    """
     count = len(clips)
     chosen = (_uniform((count, 1, 1, 1, 1), generator) < share).float()
     identity = torch.eye(3, device=clips.device)
@@ -139,7 +143,20 @@ def vary_colours(clips: Tensor, generator: Generator, share: float = 0.6) -> Ten
     gain = _uniform((count, 1, 1, 1, 1), generator, 0.6, 1.35)
     lift = _uniform((count, 3, 1, 1, 1), generator, -0.15, 0.15)
     varied = (torch.einsum("ncd,ndthw->ncthw", mixing, clips) - 0.5) * gain + 0.5 + lift
-    return (clips + chosen * (varied - clips)).clamp(0, 1)
+    clips = clips + chosen * (varied - clips)
+    n = int(count * turned)
+    turns = 0.75 * _turns(n, generator)
+    about_grey = torch.einsum("ncd,ndthw->ncthw", turns, clips[:n] - 0.5) + 0.5
+    return torch.cat([about_grey, clips[n:]]).clamp(0, 1)
+
+
+def _turns(count: int, generator: Generator) -> Tensor:
+    """Random orthogonal matrices [count, 3, 3], by Gram and Schmidt."""
+    a, b, c = torch.randn(3, count, 3, generator=generator, device=generator.device)
+    a = F.normalize(a, dim=-1)
+    b = F.normalize(b - (a * b).sum(-1, keepdim=True) * a, dim=-1)
+    mirrored = torch.cross(a, b, dim=-1)
+    return torch.stack([a, b, mirrored * (mirrored * c).sum(-1, keepdim=True).sign()], 1)
 
 
 def _mixed(pictures: Tensor, generator: Generator) -> Tensor:

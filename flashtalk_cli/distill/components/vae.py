@@ -5,10 +5,9 @@ of their differences at three scales and in time, and one minus the structural s
 Kullback-Leibler divergence gives the log variances their meaning, and a term on the channels' means,
 variances and correlations holds the latents near the unit normal.
 
-How the weights are drawn decides whether it learns at all: see `draw_weights` and `whiten`. At the
-end `normalise_latents` moves each channel's measured mean and standard deviation into the 1 x 1 x 1
-convolutions, so that the latents of this VAE have zero mean and unit variance under the released
-model's constants.
+At the end `normalise_latents` moves each channel's measured mean and standard deviation into the
+1 x 1 x 1 convolutions, so that the latents of this VAE have zero mean and unit variance under the
+released model's constants.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashtalk_cli.models.vae import LATENT_MEAN, LATENT_STD, Vae, VaeParams
 from flashtalk_cli.parallel.spatial import WHOLE
@@ -38,7 +37,7 @@ def autoencode(vae: Vae, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
     would stop gradients. Returns channels-last video [B, T, H, W, 3], and the normalised mean and
     log variance [B, T', h, w, 16], all float32.
     """
-    mean, std = _statistics(video.device)
+    mean, std = statistics(video.device)
     x = rearrange(video, "b c t h w -> b t h w c").to(vae.conv1.weight.dtype)
     first, state = vae.encoder(x[:, :1].contiguous(), None, WHOLE)
     hidden = [first]
@@ -122,44 +121,6 @@ def objective(vae: Vae, video: Tensor, noise: Tensor, kl: float, unit: float) ->
 
 
 @torch.no_grad()
-def draw_weights(vae: Vae) -> None:
-    """Weights by which a picture neither fades nor drowns on its way: orthogonal, without biases.
-
-    As torch draws them, each convolution keeps a third of its input's variance and adds a constant:
-    latents begin at a twentieth of a unit, below the noise that they are to be told from, and what
-    little can be told is then learned in five of the sixteen channels' worth. Each residual block
-    begins as the identity.
-    """
-    for name, weight in vae.named_parameters():
-        if name.endswith("bias"):
-            weight.zero_()
-        elif weight.ndim >= 4 and not name.endswith("gamma"):
-            matrix = nn.init.orthogonal_(torch.empty(weight.shape, device=weight.device).flatten(1))
-            weight.copy_(matrix.view(weight.shape) * (0.0 if name.endswith("residual.6.weight") else 1.0))
-
-
-@torch.no_grad()
-def whiten(vae: Vae, video: Tensor) -> None:
-    """Make a new VAE's latents of that video uncorrelated, of zero mean and unit variance.
-
-    As it is drawn, an encoder says much the same in every channel. Its last convolution is a matrix
-    product, so it can begin as the projection on the principal components of what comes before.
-    """
-    origin, unit = _statistics(video.device)
-    n = len(origin)
-    x = rearrange(video, "b c t h w -> b t h w c")
-    first, state = vae.encoder(x[:, :1].contiguous(), None, WHOLE)
-    rest, _ = vae.encoder(x[:, 1:].contiguous(), state, WHOLE)
-    hidden = torch.cat([first, rest], 1).flatten(0, 3).double().cpu()
-    mean = hidden.mean(0)
-    power, direction = torch.linalg.eigh((hidden - mean).T @ (hidden - mean) / len(hidden))
-    power, direction = power[-n:].clamp_min(1e-4 * power[-1]), direction[:, -n:]
-    matrix = (direction / power.sqrt()).T.to(origin) * unit[:, None]
-    vae.conv1.weight[:n] = matrix[:, :, None, None, None]
-    vae.conv1.bias[:n] = origin - matrix @ mean.to(origin)
-
-
-@torch.no_grad()
 def latent_statistics(vae: Vae, clips: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [16] of normalised latents of clips [B, 3, T, H, W] in [-1, 1]."""
     latents = torch.cat([rearrange(vae.encode(clip)[0], "b c t h w -> c (b t h w)") for clip in clips], 1)
@@ -173,7 +134,7 @@ def normalise_latents(vae: Vae, mean: Tensor, std: Tensor) -> None:
     mean, std: [16], of the latents as they are now. Exact up to rounding: both convolutions next to
     the latents are 1 x 1 x 1, and take the change of scale and origin into weights and biases.
     """
-    origin, unit = _statistics(mean.device)  # raw = latent * unit + origin
+    origin, unit = statistics(mean.device)  # raw = latent * unit + origin
     n = len(mean)
     scale = torch.cat([1 / std, 1 / std])
     shift = torch.cat([origin - (origin + mean * unit) / std, -2 * std.log()])
@@ -232,5 +193,6 @@ def _soft_abs(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What raw latents are normalised by: mean and standard deviation [16]."""
     return torch.tensor(LATENT_MEAN, device=device), torch.tensor(LATENT_STD, device=device)

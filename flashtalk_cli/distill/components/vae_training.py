@@ -1,5 +1,9 @@
 """Training the embedded model's video VAE from nothing: see `vae` for what is minimised.
 
+Three things keep it from stopping at brightness and one colour axis, as it did at first: weights that
+begin with every colour (`first_weights`), an optimiser that takes faint directions as seriously as
+loud ones (`muon`), and clips whose colours are turned about, so that no axis is rarer than another.
+
 What is kept is the running average of the weights. Noise of up to 0.03 standard deviations is added
 to what the decoder sees, in the last two thirds of the time, so that a diffusion model's small errors
 stay small in the picture.
@@ -20,9 +24,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from flashtalk_cli.distill.components import first_weights
+from flashtalk_cli.distill.components.muon import Muon
 from flashtalk_cli.distill.components.pictures import draw_stills, film, vary_colours
 from flashtalk_cli.distill.components.pool import ClipPool
-from flashtalk_cli.distill.components.vae import MINI, draw_weights, objective, whiten
+from flashtalk_cli.distill.components.vae import MINI, objective, statistics
 from flashtalk_cli.models.vae import Vae, VaeParams
 
 log = logging.getLogger(__name__)
@@ -53,10 +59,12 @@ class Plan:
     stills_side_px: int = 256
     held_out_clips: int = 16
     batches: tuple[Batch, ...] = (
-        Batch(every=1, people=7, pictures=1, n_frames=17, height_px=160, width_px=160),
-        Batch(every=10, people=3, pictures=1, n_frames=33, height_px=128, width_px=192),
+        Batch(every=1, people=6, pictures=2, n_frames=5, height_px=128, width_px=128),
+        Batch(every=4, people=3, pictures=1, n_frames=17, height_px=160, width_px=160),
+        Batch(every=16, people=1, pictures=1, n_frames=33, height_px=128, width_px=192),
     )
-    rate: float = 2e-3
+    rate: float = 4e-3  # of convolutions, by Muon
+    rate_others: float = 2e-3  # of norms and biases, by AdamW
     warm_up_steps: int = 200
     average: float = 0.999
     noise: float = 0.03  # standard deviations at most; none in the first third of the time
@@ -138,14 +146,21 @@ class Trainer:
         torch.manual_seed(plan.seed)
         self.plan = plan
         self.master = Vae(params).to(device)
-        draw_weights(self.master)
+        first_weights.draw(self.master)
         self.runs = Vae(params).to(device)
         self.averaged = AveragedModel(self.master, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
-        fused = {"fused": True} if device != "cpu" else {}
         self.weights = list(self.master.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-4, **fused
-        )
+        named = dict(self.master.named_parameters())
+        matrices = {name for name, w in named.items() if w.ndim >= 4 and not name.endswith("gamma")}
+        others = [w for name, w in named.items() if name not in matrices]
+        fused = {"fused": True} if device != "cpu" else {}
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (Muon([w for name, w in named.items() if name in matrices], lr=plan.rate), plan.rate),
+            (
+                torch.optim.AdamW(others, lr=plan.rate_others, betas=(0.9, 0.98), weight_decay=0, **fused),
+                plan.rate_others,
+            ),
+        ]
         self.gradient = Gradient(plan, self.runs, self.weights)
         self.steps = 0
         self._share()
@@ -164,33 +179,34 @@ class Trainer:
 
     def begin(self, video: Tensor) -> None:
         """Fit the weights that were drawn to a first batch of video."""
-        whiten(self.master, video)
+        first_weights.begin(self.master, video, *statistics(video.device))
         self._share()
         self.remember()
 
     def remember(self) -> None:
         """Keep a copy of all that training has changed, to come back to."""
-        self._kept = deepcopy(
-            (self.master.state_dict(), self.averaged.state_dict(), self.optimizer.state_dict())
-        )
+        states = [optimizer.state_dict() for optimizer, _ in self.optimizers]
+        self._kept = deepcopy((self.master.state_dict(), self.averaged.state_dict(), states))
 
     def come_back(self) -> None:
         """Return to the last copy: for a step that made numbers that are none."""
-        master, averaged, optimizer = deepcopy(self._kept)
+        master, averaged, states = deepcopy(self._kept)
         self.master.load_state_dict(master)
         self.averaged.load_state_dict(averaged)
-        self.optimizer.load_state_dict(optimizer)
+        for (optimizer, _), state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
         self._share()
 
     def step(self, video: Tensor, noise: Tensor, progress: float) -> tuple[Tensor, Tensor]:
-        """One update; `progress` in 0..1 sets the learning rate. Returns loss and squared error."""
+        """One update; `progress` in 0..1 sets the learning rates. Returns loss and squared error."""
         warm = min(1.0, (self.steps + 1) / self.plan.warm_up_steps)
-        rate = self.plan.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        share = warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
         loss, squared = self.gradient.compute(video, noise)
         nn.utils.clip_grad_norm_(self.weights, 1.0)
-        self.optimizer.step()
+        for optimizer, rate in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+            optimizer.step()
         self._share()
         self.averaged.update_parameters(self.master)
         self.steps += 1
