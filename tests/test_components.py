@@ -26,7 +26,7 @@ from flashtalk_cli.distill.components import (
     vae_training,
     windows,
 )
-from flashtalk_cli.distill.components.muon import Muon, orthogonalise
+from flashtalk_cli.distill.muon import Muon, orthogonalise
 from flashtalk_cli.distill.people.bank import Speech
 from flashtalk_cli.distill.people.phonemes import CLASSES, SHAPES, Sound
 from flashtalk_cli.distill.people.spec import draw_person

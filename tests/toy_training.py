@@ -30,7 +30,13 @@ TRAIN: dict[str, Any] = {
     "description": "as small as it gets",
     "network": {"init": "random", "dtype": "float32"},
     "data": {"clip_chunks": 3, "pictures": 2, "shard_clips": 2},
-    "adapt": {"steps": 6, "batch": 4, "micro_batch": 2, "optimiser": OPTIMISER, "face_weight": 2.0},
+    "adapt": {
+        "steps": 6,
+        "batch": 4,
+        "micro_batch": 2,
+        "optimiser": {**OPTIMISER, "muon": True},
+        "face_weight": 2.0,
+    },
     "distill": {
         "steps": 2,
         "batch": 2,

@@ -49,8 +49,12 @@ class Network(Frozen):
 
 
 class Optimiser(Frozen):
-    """AdamW and the course of its learning rate: a linear rise, a plateau, a linear fall to zero."""
+    """AdamW and the course of its learning rate: a linear rise, a plateau, a linear fall to zero.
 
+    With `muon`, the matrices of the blocks are moved by Muon instead, at the same rate and decay.
+    """
+
+    muon: bool = False
     learning_rate: float = Field(2e-6, gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)

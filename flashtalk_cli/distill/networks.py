@@ -129,18 +129,18 @@ def read_released(dit: DiT, folder: ModelFolder) -> None:
 
 def set_value(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter; of a shard only its own rows."""
-    if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+    local(parameter).copy_(like(value, parameter))
 
-        spread = distribute_tensor(
-            value.to(parameter.device, parameter.dtype),
-            parameter.device_mesh,
-            parameter.placements,  # type: ignore[attr-defined]
-            src_data_rank=None,
-        )
-        parameter.copy_(spread)
-    else:
-        parameter.copy_(value)
+
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """What this rank holds of a whole tensor that all ranks have, if it is spread as the parameter is."""
+    value = value.to(parameter.device, parameter.dtype)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = parameter.placements  # type: ignore[attr-defined]
+    return local(distribute_tensor(value, parameter.device_mesh, placements, src_data_rank=None))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flashtalk_cli.distill.config import Optimiser
+from flashtalk_cli.distill.muon import Muon, as_adam
 from flashtalk_cli.distill.networks import local, whole
 from flashtalk_cli.models.dit import DiT
+
+MUON_MOMENTUM = 0.95
 
 
 def learning_rate(step: int, steps: int, optimiser: Optimiser) -> float:
@@ -40,14 +44,7 @@ class Trained:
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
         self.average = None if ema_decay is None else [p.detach().clone() for p in self.parameters]
-        fused = self.working[0].device.type == "cuda"
-        self.adam = torch.optim.AdamW(
-            _groups(self.parameters, optimiser.weight_decay),
-            lr=optimiser.learning_rate,
-            betas=(optimiser.beta1, optimiser.beta2),
-            fused=fused,
-            foreach=None if fused else True,
-        )
+        self.optimisers = _optimisers(dict(zip(self.names, self.parameters, strict=True)), optimiser)
         self.step_count = 0
 
     def update(self) -> Tensor:
@@ -59,11 +56,12 @@ class Trained:
                 worked.grad = None
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimiser.clip_norm)
         rate = learning_rate(self.step_count, self.steps, self.optimiser)
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        if self.parameters is self.working:
-            self.adam.zero_grad(set_to_none=True)
+        for each in self.optimisers:
+            for group in each.param_groups:
+                group["lr"] = rate
+            each.step()
+            if self.parameters is self.working:
+                each.zero_grad(set_to_none=True)
         self.step_count += 1
         with torch.no_grad():
             if self.parameters is not self.working:
@@ -85,12 +83,15 @@ class Trained:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: this rank's part of it."""
-        moments = self.adam.state_dict()["state"]
+        moments = {
+            name: {key: local(value) for key, value in each.state[parameter].items()}
+            for each, name, parameter in self._moved()
+        }
         return {
             "step": self.step_count,
             "parameters": [local(p.detach()) for p in self.parameters],
             "average": None if self.average is None else [local(a) for a in self.average],
-            "moments": {i: {key: local(value) for key, value in kept.items()} for i, kept in moments.items()},
+            "moments": moments,
         }
 
     @torch.no_grad()
@@ -104,28 +105,55 @@ class Trained:
         if self.average is not None:
             for mine, theirs in zip(self.average, state["average"], strict=True):
                 local(mine).copy_(theirs)
-        self._load_moments(state["moments"])
+        for each, name, parameter in self._moved():
+            each.state[parameter] = _moments_like(state["moments"][name], parameter)
 
-    def _load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        in_order = [parameter for group in self.adam.param_groups for parameter in group["params"]]
-        for i, kept in moments.items():
-            parameter = in_order[i]
-            mine: dict[str, Tensor] = {}
-            for key, value in kept.items():
-                if key == "step":
-                    on = parameter.device if self.adam.param_groups[0]["fused"] else torch.device("cpu")
-                    mine[key] = value.to(on)
-                    continue
-                mine[key] = torch.zeros_like(parameter, requires_grad=False)
-                local(mine[key]).copy_(value)
-            self.adam.state[parameter] = mine
+    def _moved(self) -> Iterator[tuple[torch.optim.Optimizer, str, Tensor]]:
+        """Each parameter with the optimiser that moves it."""
+        names = {id(parameter): name for name, parameter in zip(self.names, self.parameters, strict=True)}
+        for each in self.optimisers:
+            for group in each.param_groups:
+                for parameter in group["params"]:
+                    yield each, names[id(parameter)], parameter
 
 
-def _groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and modulations do not."""
-    matrices = [p for p in parameters if p.ndim > 1 and p.shape[0] > 1]
-    vectors = [p for p in parameters if not (p.ndim > 1 and p.shape[0] > 1)]
-    return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+def _moments_like(kept: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """A checkpoint's moments as the optimiser wants them: spread as the parameter is; counts by themselves."""
+    found: dict[str, Tensor] = {}
+    for key, value in kept.items():
+        if key == "step":  # a fused AdamW counts on the device
+            found[key] = value.to(parameter.device) if _fused(parameter) else value.cpu()
+            continue
+        found[key] = torch.zeros_like(parameter, requires_grad=False)
+        local(found[key]).copy_(value)
+    return found
+
+
+def _fused(parameter: Tensor) -> bool:
+    return parameter.device.type == "cuda"
+
+
+def _optimisers(parameters: dict[str, Tensor], optimiser: Optimiser) -> list[torch.optim.Optimizer]:
+    """What moves each parameter. Matrices decay; norms, biases and modulations do not."""
+    matrices = {name for name, p in parameters.items() if p.ndim > 1 and p.shape[0] > 1}
+    hidden = {name for name in matrices if optimiser.muon and name.startswith("blocks.")}
+    groups = [
+        {
+            "params": [parameters[name] for name in sorted(matrices - hidden)],
+            "weight_decay": optimiser.weight_decay,
+        },
+        {"params": [p for name, p in parameters.items() if name not in matrices], "weight_decay": 0.0},
     ]
+    fused = _fused(next(iter(parameters.values())))
+    adam = torch.optim.AdamW(
+        groups,
+        lr=optimiser.learning_rate,
+        betas=(optimiser.beta1, optimiser.beta2),
+        fused=fused,
+        foreach=None if fused else True,
+    )
+    if not hidden:
+        return [adam]
+    weights: Any = [p for name, p in parameters.items() if name in hidden]
+    decay = optimiser.weight_decay
+    return [adam, Muon(weights, optimiser.learning_rate, MUON_MOMENTUM, decay, as_adam)]

@@ -25,10 +25,10 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flashtalk_cli.distill.components import first_weights
-from flashtalk_cli.distill.components.muon import Muon
 from flashtalk_cli.distill.components.pictures import draw_stills, film, vary_colours
 from flashtalk_cli.distill.components.pool import ClipPool
 from flashtalk_cli.distill.components.vae import MINI, objective, statistics
+from flashtalk_cli.distill.muon import Muon
 from flashtalk_cli.models.vae import Vae, VaeParams
 
 log = logging.getLogger(__name__)
