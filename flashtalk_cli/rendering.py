@@ -1,0 +1,221 @@
+"""One clip, from its job to its file, on one of the ranks that make it together.
+
+All ranks make the video together, a tile of it each; rank 0 encodes picture, prompt and sound for all
+(one copy of the encoders, and what they give is small), writes the file and reports.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashtalk_cli import __version__
+from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, RenderJob, Sampling
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
+from flashtalk_cli.events import Emitter
+from flashtalk_cli.media.audio import read_samples
+from flashtalk_cli.media.image import load_picture
+from flashtalk_cli.media.loudness import gain_to
+from flashtalk_cli.media.video_file import VideoFile
+from flashtalk_cli.models import weights
+from flashtalk_cli.models.attention import choose_kernel
+from flashtalk_cli.models.device import choose_dtype
+from flashtalk_cli.models.folder import resolve
+from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.pipeline import chunks
+from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
+
+
+class Worker:
+    """What all parts of a job need: the job, the model's folder, the ranks, the device, and a way to report."""
+
+    def __init__(self, job: ClipJob, ranks: Ranks, emitter: Emitter) -> None:
+        self.job = job
+        self.preset = job.preset
+        self.ranks = ranks
+        self.emitter = emitter
+        self.random = job.preset.model.weights == "random"
+        self.device = ranks.device
+        choice = job.preset.model
+        self.folder = resolve(choice.name, choice.speech_encoder, random=self.random)
+        if not self.random and (notice := self.folder.config().get("_notice")):
+            emitter.emit("warning", message=notice)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture [3, H, W] in [-1, 1], text rows, picture tokens: on the CPU, the same on every rank."""
+        return self.ranks.from_leader(self._encode_inputs() if self.ranks.leads else None)
+
+    def _encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, made here. The encoders are freed again."""
+        self.emitter.emit("stage", name="encode", detail="picture and prompt")
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        pixels = torch.tensor(load_picture(self.job.picture, self.preset.canvas))
+        picture = pixels.permute(2, 0, 1).float() / 127.5 - 1
+        text = weights.load_text_encoder(self.folder, self.device, dtype, random=self.random)
+        rows = text.encode(self.preset.sampling.prompt)
+        del text
+        image = weights.load_image_encoder(self.folder, self.device, dtype, random=self.random)
+        return picture, rows.cpu(), image.encode(picture).cpu()
+
+    def load_models(self) -> Models:
+        """The networks that run in every chunk."""
+        self.emitter.emit("stage", name="weights", detail=f"{self.folder.path} on {self.device}")
+        precision, options = self.preset.precision, {"random": self.random}
+        dit_dtype, vae_dtype = (choose_dtype(name, self.device) for name in (precision.dit, precision.vae))
+        kernel = choose_kernel(self.preset.compute.attention, self.device, dit_dtype)
+        dit = weights.load_dit(self.folder, self.device, dit_dtype, kernel=kernel, **options)
+        canvas, heads = self.preset.canvas, dit.params.num_heads
+        latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
+        mesh = choose_mesh(self.ranks, heads, *latents, self.preset.compute.ulysses)
+        return Models(
+            dit=dit,
+            vae=weights.load_vae(self.folder, self.device, vae_dtype, **options),
+            sampling=self.preset.sampling,
+            device=self.device,
+            sequence=mesh.sequence,
+            tiles=mesh.tiles,
+        )
+
+    def hearing(self) -> Callable[[int], Tensor]:
+        """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim].
+
+        Rank 0 encodes, and the others get its rows: less than 2 MB a chunk.
+        """
+        sampling, hearing = self.preset.sampling, self.preset.hearing
+        encode = self._speech_features() if self.ranks.leads else None
+
+        def windows(index: int) -> Tensor:
+            heard = chunks.heard_by(index, sampling, hearing)
+            features = self.ranks.from_leader(encode(heard) if encode else None)
+            return chunks.windows(features, heard, sampling.chunk_frames)
+
+        return windows
+
+    def _speech_features(self) -> Callable[[chunks.Heard], Tensor]:
+        """A function from what is heard to its feature rows [n_frames, layers, dim]."""
+        speech = self.job.speech
+        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
+
+        def features(heard: chunks.Heard) -> Tensor:
+            samples = read_samples(speech, heard.start_sample, heard.stop_sample) * np.float32(gain)
+            rows = encoder.encode(torch.from_numpy(samples), heard.n_frames)
+            return rows if self.ranks.size == 1 else rows.cpu()
+
+        return features
+
+    def comment(self) -> str:
+        """What the file says of itself: that it shows nobody who spoke, and how it was made."""
+        untrained = ", random weights" if self.random else ""
+        return (
+            f"Synthetic media: generated by flashtalk {__version__}, preset {self.preset.name}, "
+            f"model {self.preset.model.name}{untrained}, seed {self.preset.sampling.seed}"
+        )
+
+
+def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -> int:
+    """Render the job's video; the exit code."""
+    picture, text, image = worker.inputs()
+    models = worker.load_models()
+    hear = worker.hearing()
+    pieces = make_frames(worker, models, prepare(models, picture, text, image), hear, job.n_frames, stop)
+    if worker.ranks.leads:
+        return write(worker, job, pieces, stdout)
+    for _ in pieces:
+        pass  # they went to rank 0
+    return 0
+
+
+def make_frames(
+    worker: Worker,
+    models: Models,
+    conditions: Conditions,
+    hear: Callable[[int], Tensor],
+    n_frames: int,
+    stop: threading.Event,
+) -> Iterator[Tensor | None]:
+    """The first n_frames frames, uint8 [T, H, W, 3] a piece, as they decode; None on all ranks but 0.
+
+    Ends early, on all ranks after the same piece, once any of them was asked to stop.
+    """
+    left = n_frames
+    for video in talk(models, conditions, hear, chunks.count(n_frames, models.sampling)):
+        if worker.ranks.any(stop.is_set()):
+            return
+        frames = models.tiles.collect(to_bytes(video[:, :, :left]))
+        left -= min(left, video.shape[2])
+        yield frames
+        if not left:
+            return
+
+
+def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor | None], stdout: int) -> int:
+    """Write frames to the job's file as they come; the exit code."""
+    canvas, sampling = job.preset.canvas, job.preset.sampling
+    video_file = VideoFile(
+        job.output,
+        width_px=canvas.width_px,
+        height_px=canvas.height_px,
+        fps=sampling.fps,
+        n_frames=job.n_frames,
+        audio=job.audio,
+        encoding=job.preset.encoding,
+        comment=worker.comment(),
+        overwrite=job.overwrite,
+        stdout=stdout,
+    )
+    worker.emitter.emit("stage", name="render", detail=f"{job.n_frames} frames")
+    started_s = time.perf_counter()
+    with video_file as file:
+        progress = Progress(worker.emitter, job.n_frames, sampling, started_s)
+        for frames in pieces:
+            assert frames is not None
+            file.write(frames.cpu().numpy())
+            progress.report(file.frames_written)
+        if file.frames_written < job.n_frames:
+            kept = file.abort()
+            worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
+            return INTERRUPTED_EXIT_CODE
+        path = file.finish()
+    worker.emitter.emit(
+        "done",
+        path=path,
+        frames=job.n_frames,
+        duration_s=job.n_frames / sampling.fps,
+        elapsed_s=time.perf_counter() - started_s,
+    )
+    return 0
+
+
+class Progress:
+    """Reports each chunk once, when its last frame is written."""
+
+    def __init__(self, emitter: Emitter, n_frames: int, sampling: Sampling, started_s: float) -> None:
+        self.emitter = emitter
+        self.n_frames = n_frames
+        self.sampling = sampling
+        self.started_s = started_s
+
+    def report(self, frames_done: int) -> None:
+        """Say how far it is, if a chunk has just ended."""
+        if frames_done % self.sampling.new_frames and frames_done < self.n_frames:
+            return
+        elapsed_s = time.perf_counter() - self.started_s
+        fps = frames_done / elapsed_s
+        self.emitter.emit(
+            "chunk",
+            index=(frames_done - 1) // self.sampling.new_frames,
+            chunks=chunks.count(self.n_frames, self.sampling),
+            frames_done=frames_done,
+            frames_total=self.n_frames,
+            fps=fps,
+            realtime=fps / self.sampling.fps,
+            elapsed_s=elapsed_s,
+            eta_s=(self.n_frames - frames_done) / fps,
+        )
