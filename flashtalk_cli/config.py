@@ -145,6 +145,16 @@ class Encoding(Frozen):
     crf: int = Field(18, ge=0, le=63)
 
 
+class Live(Frozen):
+    """How a live stream is paced: see live/pacing.py."""
+
+    latency_target_s: float = Field(3.0, ge=0.2, le=60)  # delay that a pause in the speech is shortened for
+    start_buffer_s: float = Field(0.2, ge=0.04, le=10)  # video held in reserve
+    lookahead_s: float = Field(0.2, ge=0, le=4)  # sound waited for beyond a chunk; a file's is there anyway
+    backlog_s: float = Field(30.0, ge=5, le=600)  # sound kept that is not yet spoken
+    late: Literal["repeat", "drop", "fail"] = "repeat"
+
+
 class Preset(Frozen):
     """Everything about a run except its inputs and outputs: one YAML file under `presets/`."""
 
@@ -157,6 +167,7 @@ class Preset(Frozen):
     precision: Precision = Precision()
     compute: Compute = Compute()
     encoding: Encoding = Encoding()
+    live: Live = Live()
 
 
 class Speech(Frozen):
@@ -172,11 +183,16 @@ class Speech(Frozen):
         return self.n_samples / SAMPLE_RATE_HZ
 
 
-class ClipJob(Frozen):
-    """What every job is given: a preset, a picture and a sound. Paths are absolute."""
+class PictureJob(Frozen):
+    """What every job is given: a preset and a picture. Paths are absolute."""
 
     preset: Preset
     picture: Path
+
+
+class ClipJob(PictureJob):
+    """A job whose sound is known from beginning to end."""
+
     speech: Speech
 
 
