@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flashtalk_cli import __version__
-from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, RenderJob, Sampling
+from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, PictureJob, RenderJob, Sampling
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.media.audio import read_samples
@@ -35,7 +36,7 @@ from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to
 class Worker:
     """What all parts of a job need: the job, the model's folder, the ranks, the device, and a way to report."""
 
-    def __init__(self, job: ClipJob, ranks: Ranks, emitter: Emitter) -> None:
+    def __init__(self, job: PictureJob, ranks: Ranks, emitter: Emitter) -> None:
         self.job = job
         self.preset = job.preset
         self.ranks = ranks
@@ -52,16 +53,27 @@ class Worker:
         return self.ranks.from_leader(self._encode_inputs() if self.ranks.leads else None)
 
     def _encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same, made here. The encoders are freed again."""
+        """The same, made here."""
         self.emitter.emit("stage", name="encode", detail="picture and prompt")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        pixels = torch.tensor(load_picture(self.job.picture, self.preset.canvas))
+        rows = self.encode_prompt(self.preset.sampling.prompt)
+        picture, tokens = self.encode_picture(self.job.picture)
+        return picture, rows, tokens
+
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Rows of a prompt, on the CPU. The encoder is loaded for it and freed again."""
+        text = weights.load_text_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
+        return text.encode(prompt).cpu()
+
+    def encode_picture(self, path: Path) -> tuple[Tensor, Tensor]:
+        """A picture [3, H, W] in [-1, 1] and its tokens, on the CPU. The encoder is freed again."""
+        pixels = torch.tensor(load_picture(path, self.preset.canvas))
         picture = pixels.permute(2, 0, 1).float() / 127.5 - 1
-        text = weights.load_text_encoder(self.folder, self.device, dtype, random=self.random)
-        rows = text.encode(self.preset.sampling.prompt)
-        del text
-        image = weights.load_image_encoder(self.folder, self.device, dtype, random=self.random)
-        return picture, rows.cpu(), image.encode(picture).cpu()
+        image = weights.load_image_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
+        return picture, image.encode(picture).cpu()
+
+    @property
+    def _encoder_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def load_models(self) -> Models:
         """The networks that run in every chunk."""
@@ -99,6 +111,7 @@ class Worker:
 
     def _speech_features(self) -> Callable[[chunks.Heard], Tensor]:
         """A function from what is heard to its feature rows [n_frames, layers, dim]."""
+        assert isinstance(self.job, ClipJob)
         speech = self.job.speech
         encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
         gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
