@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashtalk_cli import __version__
 from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, PictureJob, RenderJob, Sampling
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.media.audio import read_samples
 from flashtalk_cli.media.image import load_picture
@@ -43,6 +43,9 @@ class Worker:
         self.emitter = emitter
         self.random = job.preset.model.weights == "random"
         self.device = ranks.device
+        self.offload = job.preset.compute.offload
+        if self.offload and self.device.type != "cuda":
+            raise DeviceError("--offload saves memory of a GPU and this run uses the CPU: leave it out")
         choice = job.preset.model
         self.folder = resolve(choice.name, choice.speech_encoder, random=self.random)
         if not self.random and (notice := self.folder.config().get("_notice")):
@@ -81,7 +84,9 @@ class Worker:
         precision, options = self.preset.precision, {"random": self.random}
         dit_dtype, vae_dtype = (choose_dtype(name, self.device) for name in (precision.dit, precision.vae))
         kernel = choose_kernel(self.preset.compute.attention, self.device, dit_dtype)
-        dit = weights.load_dit(self.folder, self.device, dit_dtype, kernel=kernel, **options)
+        dit = weights.load_dit(
+            self.folder, self.device, dit_dtype, kernel=kernel, offload=self.offload, **options
+        )
         canvas, heads = self.preset.canvas, dit.params.num_heads
         latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
         mesh = choose_mesh(self.ranks, heads, *latents, self.preset.compute.ulysses)

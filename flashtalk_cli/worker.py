@@ -23,9 +23,9 @@ from flashtalk_cli import log
 from flashtalk_cli.bench.report import report
 from flashtalk_cli.bench.timers import Timer
 from flashtalk_cli.config import BenchJob, Job
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError, FlashtalkError, WorkerError
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
-from flashtalk_cli.models.device import choose_device
+from flashtalk_cli.models.device import choose_device, out_of_memory
 from flashtalk_cli.parallel.ranks import join, lost_peers
 from flashtalk_cli.parallel.spatial import Tiles
 from flashtalk_cli.pipeline.session import State, begin, prepare, step, to_bytes
@@ -96,9 +96,7 @@ def main(argv: Sequence[str]) -> int:
         ranks.leave()
         return code
     except torch.OutOfMemoryError as error:
-        return _fail(
-            emitter, DeviceError(f"out of memory: {str(error).splitlines()[0]}; choose a smaller --size")
-        )
+        return _fail(emitter, out_of_memory(error))
     except Exception as error:
         return _fail(emitter, WorkerError(lost) if (lost := lost_peers(error)) else error)
     finally:

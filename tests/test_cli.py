@@ -221,11 +221,30 @@ SEEN = {"torch": "2", "cuda": "13", "threads": 2, "gpus": [], "attention": {"sdp
 
 @pytest.mark.parametrize(
     ("gpus", "fits"),
-    [([], ["mini"]), ([GPU], ["mini", "soulx-14b"]), ([{**GPU, "total_bytes": 24e9}], ["mini"])],
+    [
+        ([], ["mini"]),
+        ([GPU], ["mini", "soulx-14b"]),
+        ([{**GPU, "total_bytes": 8e9}], ["mini"]),
+    ],
 )
 def test_doctor_says_which_preset_fits(gpus, fits):
     found = [f for f in machine.examine({**SEEN, "gpus": gpus}) if f.topic == "preset"]
     assert [f.text.split(":")[0] for f in found if f.state == "good"] == fits
+
+
+@pytest.mark.parametrize(
+    ("total_bytes", "host_bytes", "said"),
+    [
+        (140e9, 1e9, "soulx-14b: fits this machine"),
+        (24e9, 128e9, "soulx-14b: fits with --offload"),
+        (24e9, 16e9, "needs 44 GB of host memory with --offload; there are 16 GB"),
+        (8e9, 128e9, "needs a GPU with 44 GB, or 20 GB with --offload; the largest here has 8 GB"),
+    ],
+)
+def test_doctor_says_when_to_offload(monkeypatch, total_bytes, host_bytes, said):
+    monkeypatch.setattr(machine, "host_memory_bytes", lambda: host_bytes)
+    found = machine.examine({**SEEN, "gpus": [{**GPU, "total_bytes": total_bytes}]})
+    assert any(said in f.text for f in found if f.topic == "preset")
 
 
 def test_doctor_survives_a_torch_that_does_not_load(monkeypatch, capsys):
@@ -263,6 +282,7 @@ def test_a_plain_render(inputs, jobs):
         (["--codec", "libx264"], "encoding.codec", "libx264"),
         (["--crf", "30"], "encoding.crf", 30),
         (["--weights", "random"], "model.weights", "random"),
+        (["--offload"], "compute.offload", True),
         (["--size", "96x128"], "canvas.width_px", 96),
         (["--size", "96x128"], "canvas.height_px", 128),
         (["--size", "auto"], "canvas.width_px", 128),  # 64x96 at 160x160's area

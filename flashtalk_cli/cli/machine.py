@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -22,12 +23,24 @@ from flashtalk_cli.models.folder import home, list_models
 
 PROBE_S = 120.0  # a cold torch with a GPU driver loads slowly
 LOW_DISK_BYTES = 2e9
-GPU_BYTES_NEEDED = {"soulx-14b": 44e9}  # 38 GB of weights, and what a chunk takes beside them
+
 VIDEO_ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "h264_nvenc", "hevc_nvenc")
 SOUND_ENCODERS = ("aac", "libopus")
 LIBRARIES = ("transformers", "safetensors", "numpy", "pillow")
 
 State = Literal["good", "note", "bad"]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory that a model takes, at its preset's size, in bytes."""
+
+    gpu: float  # weights, and what a chunk takes beside them
+    gpu_offloaded: float
+    host_offloaded: float
+
+
+NEEDS = {"soulx-14b": Needs(gpu=44e9, gpu_offloaded=20e9, host_offloaded=44e9)}
 
 
 @dataclass(frozen=True)
@@ -143,23 +156,33 @@ def _models() -> list[Finding]:
 
 
 def _presets(seen: dict[str, Any]) -> list[Finding]:
-    """A line a preset: whether it fits, and why not."""
+    """A line a preset: whether it fits, how, and why not."""
     findings = []
     for name in presets.names():
-        misfit = _misfit(presets.load(name), seen)
-        text = f"{name}: {misfit or 'fits this machine'}"
-        findings.append(Finding("preset", "note" if misfit else "good", text))
+        text, fits = _fit(presets.load(name), seen)
+        findings.append(Finding("preset", "good" if fits else "note", f"{name}: {text}"))
     return findings
 
 
-def _misfit(preset: Preset, seen: dict[str, Any]) -> str:
-    """Why a preset cannot run here; empty when it can."""
+def _fit(preset: Preset, seen: dict[str, Any]) -> tuple[str, bool]:
+    """How a preset fits this machine, or why it does not; and whether it does."""
     if "error" in seen:
-        return "torch does not load"
+        return "torch does not load", False
     if preset.compute.device == "cuda" and not seen["gpus"]:
-        return "needs a GPU"
-    largest = max((gpu["total_bytes"] for gpu in seen["gpus"]), default=0)
-    needed = GPU_BYTES_NEEDED.get(preset.model.name, 0)
-    if largest < needed:
-        return f"needs a GPU with {needed / 1e9:.0f} GB, the largest here has {largest / 1e9:.0f} GB"
-    return ""
+        return "needs a GPU", False
+    needs = NEEDS.get(preset.model.name, Needs(0, 0, 0))
+    largest, host = max((gpu["total_bytes"] for gpu in seen["gpus"]), default=0), host_memory_bytes()
+    if largest >= needs.gpu:
+        return "fits this machine", True
+    if largest < needs.gpu_offloaded:
+        wanted = f"{needs.gpu / 1e9:.0f} GB, or {needs.gpu_offloaded / 1e9:.0f} GB with --offload"
+        return f"needs a GPU with {wanted}; the largest here has {largest / 1e9:.0f} GB", False
+    if host < needs.host_offloaded:
+        wanted = f"{needs.host_offloaded / 1e9:.0f} GB of host memory with --offload"
+        return f"needs {wanted}; there are {host / 1e9:.0f} GB", False
+    return "fits with --offload", True
+
+
+def host_memory_bytes() -> float:
+    """Memory of this machine."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -63,6 +63,14 @@ Gpus = Annotated[
         help="GPUs that make the video together.",
     ),
 ]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        rich_help_panel=SPEED,
+        help="For a GPU that cannot hold the model: keep most of it in host memory; slower.",
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option(
@@ -130,6 +138,7 @@ def render(
     ] = None,
     device: Annotated[str | None, _option("--device", SPEED, "auto|cpu|cuda", "Where it runs.")] = None,
     gpus: Gpus = None,
+    offload: Offload = False,
     weights: Annotated[
         str | None,
         _option("--weights", SPEED, "released|random", "random: noise for a video, to time a machine."),
@@ -152,6 +161,7 @@ def render(
         "--steps": ("sampling.steps", steps),
         "--device": ("compute.device", device),
         "--gpus": ("compute.gpus", number_or_word(gpus)),
+        "--offload": ("compute.offload", offload or None),
         "--weights": ("model.weights", weights),
     }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}

@@ -32,3 +32,10 @@ def _cpu_multiplies_bfloat16() -> bool:
     """Whether the CPU has AVX512-BF16 or AMX; without them torch emulates the format, slower than float32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private, so they may go away
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def out_of_memory(error: torch.OutOfMemoryError) -> DeviceError:
+    """What an allocation that failed means to whoever runs the program, and what helps."""
+    return DeviceError(
+        f"out of memory: {str(error).splitlines()[0]}; use --offload, a smaller --size, or more GPUs (--gpus)"
+    )

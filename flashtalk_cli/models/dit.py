@@ -26,10 +26,17 @@ from torch.utils.checkpoint import checkpoint
 from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel, attention
 from flashtalk_cli.models.audio import AudioProjector
+from flashtalk_cli.models.offload import Offload
 from flashtalk_cli.models.rope import rotate, rotation_table
 from flashtalk_cli.parallel.sequence import Sequence
 
 TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the released model
+
+# How the names of those parameters of a block begin that `condition` and `hear` read; `forward` reads the rest.
+PARTS = {
+    "condition": ("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
+    "hear": ("audio_cross_attn.kv_linear",),
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,7 @@ class DiT(nn.Module):
         p = self.params = params
         self.kernel = kernel
         self.recompute = False  # keep no activations inside blocks; compute them again for the backward pass
+        self.offload: Offload | None = None  # where the blocks' weights are when they are not on the device
         self.patch_embedding = nn.Conv3d(p.in_dim, p.dim, kernel_size=p.patch_size, stride=p.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(p.text_dim, p.dim), nn.GELU("tanh"), nn.Linear(p.dim, p.dim)
@@ -172,10 +180,11 @@ class DiT(nn.Module):
         text = F.pad(text, (0, 0, 0, self.params.text_len - text.shape[1]))
         text = self.text_embedding(text).expand(image.shape[0], -1, -1)
         image = self.img_emb(image.to(self.dtype))
-        return Context(
-            text=tuple(block.cross_attn.keys_of_text(text) for block in self._each_block()),
-            image=tuple(block.cross_attn.keys_of_image(image) for block in self._each_block()),
-        )
+        keys = [
+            (block.cross_attn.keys_of_text(text), block.cross_attn.keys_of_image(image))
+            for block in self._each_block("condition")
+        ]
+        return Context(text=tuple(key for key, _ in keys), image=tuple(key for _, key in keys))
 
     def hear(self, windows: Tensor) -> AudioContext:
         """Speech features -> every block's keys and values for every latent frame.
@@ -183,7 +192,7 @@ class DiT(nn.Module):
         windows: [B, F, audio_window, audio_layers, audio_dim], F = 1 + vae_scale * (T - 1).
         """
         tokens = self.audio_proj(windows.to(self.dtype))
-        return AudioContext(tuple(block.audio_cross_attn.keys(tokens) for block in self._each_block()))
+        return AudioContext(tuple(block.audio_cross_attn.keys(tokens) for block in self._each_block("hear")))
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, context: Context, audio: AudioContext, par: Sequence
@@ -201,7 +210,7 @@ class DiT(nn.Module):
 
         tokens = par.shard(tokens, 1)
         for block, text, image, heard in zip(
-            self.blocks, context.text, context.image, audio.blocks, strict=True
+            self._each_block("forward"), context.text, context.image, audio.blocks, strict=True
         ):
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(
@@ -212,8 +221,9 @@ class DiT(nn.Module):
         tokens = par.gather(self.head(tokens, e), 1, length)
         return self._unpatchify(tokens, grid).float()
 
-    def _each_block(self) -> Iterator[Block]:
-        return cast("Iterator[Block]", iter(self.blocks))
+    def _each_block(self, part: str) -> Iterator[Block]:
+        """The blocks, each with the weights of that part on the device."""
+        return cast("Iterator[Block]", self.offload.each(part) if self.offload else iter(self.blocks))
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """[B, in_dim, T, h, w] -> tokens [B, N, dim], and how many of them there are along each axis."""

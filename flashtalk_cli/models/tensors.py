@@ -318,12 +318,18 @@ def _place(paths: list[Path]) -> str:
 
 
 def fill(
-    module: nn.Module, layout: Layout, source: Source, device: torch.device | str, dtype: torch.dtype
+    module: nn.Module,
+    layout: Layout,
+    source: Source,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_host: str | None = None,
 ) -> None:
     """Give a module built on the meta device its tensors, read one by one in the file's order.
 
     A parameter keeps the memory format (strides) that the module was built with; floating-point
     tensors become `dtype`. Parameters come without gradients: ask for them with `requires_grad_`.
+    Those whose names begin with `on_host` stay in host memory.
     Raises ModelError when tensors are missing, unexpected or misshapen, before anything is read.
     """
     difference = Difference.of(source.shapes, layout.shapes(module))
@@ -337,8 +343,13 @@ def fill(
             continue
         tensor = source.read(key)
         for name in wanted.pop(key):
-            put(module, name, layout.pieces[name].take(tensor), device, dtype)
+            put(module, name, layout.pieces[name].take(tensor), home_of(name, device, on_host), dtype)
     settled(module)
+
+
+def home_of(name: str, device: torch.device | str, on_host: str | None) -> torch.device | str:
+    """Where a parameter goes: to the device, unless its name begins with `on_host`."""
+    return "cpu" if on_host is not None and name.startswith(on_host) else device
 
 
 def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -355,6 +366,10 @@ def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str
 
 
 def settled(module: nn.Module) -> None:
-    """Hold that nothing of the module was left on the meta device."""
+    """Hold that nothing of the module was left on the meta device; buffers that no file has follow the rest."""
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not left, left
+    device = next(module.parameters()).device
+    for part in module.modules():
+        for name in part._non_persistent_buffers_set:
+            setattr(part, name, getattr(part, name).to(device))

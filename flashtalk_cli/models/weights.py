@@ -24,9 +24,10 @@ from torch import nn
 
 from flashtalk_cli.errors import DeviceError, ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel
-from flashtalk_cli.models.dit import DiT, DitParams
+from flashtalk_cli.models.dit import PARTS, DiT, DitParams
 from flashtalk_cli.models.folder import CONFIG, KNOWN, Component, ModelFolder, read_json
 from flashtalk_cli.models.image import ImageEncoder, ImageParams, build_image, image_layout
+from flashtalk_cli.models.offload import CudaLane, Offload
 from flashtalk_cli.models.speech import (
     SpeechEncoder,
     build_speech,
@@ -39,6 +40,7 @@ from flashtalk_cli.models.tensors import (
     Source,
     View,
     fill,
+    home_of,
     open_files,
     put,
     settled,
@@ -64,10 +66,11 @@ def load_dit(
     dtype: torch.dtype,
     *,
     kernel: AttentionKernel = SDPA,
+    offload: bool = False,
     random: bool = False,
     seed: int = 0,
 ) -> DiT:
-    """The diffusion transformer.
+    """The diffusion transformer; with `offload`, its blocks' weights in host memory (see models/offload.py).
 
     This and the other loaders: parameters are `dtype` on `device`, without gradients, in evaluation
     mode. Raises ModelError for files that are absent, broken, or whose tensors do not fit (the first
@@ -75,7 +78,11 @@ def load_dit(
     """
     plan = plan_of(folder, "dit", random)
     plan.module.kernel = kernel
-    return _loaded(plan, device, dtype, random, seed)
+    if not offload:
+        return _loaded(plan, device, dtype, random, seed)
+    dit = _loaded(plan, device, dtype, random, seed, on_host="blocks.")
+    dit.offload = Offload(dit.blocks, PARTS, CudaLane(device))
+    return dit
 
 
 def load_vae(
@@ -213,17 +220,20 @@ def _source(folder: ModelFolder, component: Component, random: bool) -> Source |
     return View.of(source, speech_name) if component == "speech" else source
 
 
-def _loaded(plan: Plan, device: torch.device, dtype: torch.dtype, random: bool, seed: int) -> Any:
+def _loaded(
+    plan: Plan, device: torch.device, dtype: torch.dtype, random: bool, seed: int, on_host: str | None = None
+) -> Any:
     started_s = time.perf_counter()
     module: nn.Module = plan.module
-    n_bytes = sum(tensor.numel() for _, tensor in tensors_of(module)) * dtype.itemsize
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors_of(module)}
+    n_bytes = sum(size for name, size in sizes.items() if home_of(name, device, on_host) == device)
     _check_memory(plan.component, n_bytes, device)
     if random:
         _log.warning("%s: random weights, for timing only; the pictures mean nothing", plan.component)
-        fill_random(module, device, dtype, seed)
+        fill_random(module, device, dtype, seed, on_host)
     else:
         assert plan.source is not None
-        fill(module, plan.layout, plan.source, device, dtype)
+        fill(module, plan.layout, plan.source, device, dtype, on_host)
     _log.info(
         "%s: %.2f GB on %s in %.1f s", plan.component, n_bytes / 1e9, device, time.perf_counter() - started_s
     )
@@ -236,15 +246,18 @@ def _check_memory(component: Component, n_bytes: int, device: torch.device) -> N
     free_bytes, _ = torch.cuda.mem_get_info(device)
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if n_bytes > free_bytes:
+        mend = "use --offload, " if component == "dit" else ""
         raise DeviceError(
             f"{device} has {free_bytes / 2**30:.1f} GiB free, the {component} component needs "
-            f"{n_bytes / 2**30:.1f} GiB: free the device, use bfloat16, or a smaller model"
+            f"{n_bytes / 2**30:.1f} GiB: {mend}free the device, use bfloat16, or a smaller model"
         )
 
 
 @torch.no_grad()
-def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:
-    """Give a module on the meta device normal weights drawn on the device itself.
+def fill_random(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, seed: int, on_host: str | None = None
+) -> None:
+    """Give a module on the meta device normal weights drawn on the device itself; see `fill` for `on_host`.
 
     A tensor's values follow from the seed and its name, so two ranks or two builds agree.
     """
@@ -253,7 +266,8 @@ def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype, see
         mean, std = random_scale(name, tuple(built.shape))
         generator.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         value = torch.empty_like(built, device=device, dtype=dtype, requires_grad=False)
-        put(module, name, value.normal_(mean, std, generator=generator), device, dtype)
+        value = value.normal_(mean, std, generator=generator)
+        put(module, name, value, home_of(name, device, on_host), dtype)
     settled(module)
 
 
