@@ -219,4 +219,35 @@ class BenchJob(ClipJob):
     warmup_chunks: int = Field(2, ge=0)
 
 
-Job = Annotated[RenderJob | BenchJob, Field(discriminator="kind")]
+class PcmFormat(Frozen):
+    """Raw samples as they arrive: `s16le:16000:1` on the command line."""
+
+    encoding: Literal["s16le", "s16be", "s32le", "f32le", "u8"] = "s16le"
+    rate_hz: int = Field(16_000, ge=8_000, le=192_000)
+    channels: int = Field(1, ge=1, le=8)
+
+
+class SoundSource(Frozen):
+    """Where a live stream's sound comes from."""
+
+    kind: Literal["file", "stdin", "microphone", "url", "listen"]
+    where: str = ""  # a path, a device ("": the default one), a URL, HOST:PORT
+    pcm: PcmFormat = PcmFormat()  # of stdin and listen
+    loop: bool = False  # of a file: from the beginning again, without end
+    token: str | None = None  # of listen: what a client must show
+
+
+class StreamJob(PictureJob):
+    """A live stream."""
+
+    kind: Literal["stream"] = "stream"
+    source: SoundSource
+    targets: tuple[tuple[str, str], ...] = Field(min_length=1)  # kind and place, as media/live reads them
+    overwrite: bool = False
+    keep_alive: bool = False  # idle after the sound has ended
+    control: Path  # a Unix socket to make
+    metrics: str | None = None  # HOST:PORT
+    preview: str | None = None  # HOST:PORT
+
+
+Job = Annotated[RenderJob | BenchJob | StreamJob, Field(discriminator="kind")]
