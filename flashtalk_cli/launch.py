@@ -16,8 +16,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,6 +40,28 @@ SPIN_COUNT = "2000"
 Command = Callable[[Path, Path, bool], list[str]]
 
 
+@dataclass(frozen=True)
+class Share:
+    """One of `of` equal parts of this machine, for workers that run side by side: its cores and its GPUs."""
+
+    index: int = 0
+    of: int = 1
+
+    def environment(self, processes: int) -> dict[str, str]:
+        """What tells a worker of so many processes of its part; empty when it has the machine to itself."""
+        found = {}
+        if processes * self.of > 1:
+            threads = max(1, _cores() // (processes * self.of))
+            found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        if self.of > 1:
+            given = os.environ.get("CUDA_VISIBLE_DEVICES")
+            ids = given.split(",") if given else [str(index) for index in range(processes * self.of)]
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(
+                ids[self.index * processes : (self.index + 1) * processes]
+            )
+        return found
+
+
 class WorkerTraceback(Exception):
     """The traceback of an error in the worker, as text: the cause of the error raised here."""
 
@@ -58,9 +81,12 @@ def run(
     on_event: Callable[[events.Event], None],
     *,
     debug: bool = False,
+    stdin: int = subprocess.DEVNULL,
     stdout: bool = False,
     on_log: Callable[[str], None] | None = None,
     processes: int = 1,
+    share: Share = Share(),
+    requests: list[int] | None = None,
     command: Command | None = None,
     clean_end_s: float = CLEAN_END_S,
 ) -> int:
@@ -68,8 +94,11 @@ def run(
 
     on_event gets every event but the error; on_log gets each line of the worker's stderr, in
     another thread (default: our stderr). Only with `stdout` may the worker write to our standard
-    output; else what it prints there counts as log. `command` makes the worker's command line,
-    which gets `clean_end_s` to end after it was asked.
+    output; else what it prints there counts as log. `stdin` is what it may read. `command` makes the
+    worker's command line, which gets `clean_end_s` to end after it was asked.
+
+    Of several workers, each run in a thread, each has its `share` of the machine, and all look at the same
+    `requests`, which `stop_requests` makes and which grows when they are to end (default: one of its own).
 
     Raises the worker's own error, of its class in errors.py, with the worker's traceback as
     its cause; `WorkerError` when the worker dies without a word.
@@ -77,13 +106,15 @@ def run(
     with tempfile.TemporaryDirectory(prefix="flashtalk-", dir=_short_folder()) as name:
         job_path, socket_path = Path(name, "job.json"), Path(name, "events.sock")
         job_path.write_text(job.model_dump_json(), encoding="utf-8")
-        with events.Listener(socket_path) as listener, _stop_requests() as requests:
+        own = stop_requests() if requests is None else nullcontext(requests)
+        with events.Listener(socket_path) as listener, own as requests:
             arguments = (
                 command(job_path, socket_path, debug)
                 if command
                 else worker_command(job_path, socket_path, debug, processes)
             )
-            worker = _Worker(arguments, stdout, on_log or _to_stderr, processes)
+            environment = share.environment(processes)
+            worker = _Worker(arguments, stdin, stdout, on_log or _to_stderr, environment)
             try:
                 last = _follow(worker, listener, requests, on_event, clean_end_s)
             finally:
@@ -95,18 +126,22 @@ class _Worker:
     """A worker's process group, and the thread that reads its stderr."""
 
     def __init__(
-        self, command: Sequence[str], stdout: bool, on_log: Callable[[str], None], processes: int
+        self,
+        command: Sequence[str],
+        stdin: int,
+        stdout: bool,
+        on_log: Callable[[str], None],
+        environment: Mapping[str, str],
     ) -> None:
         log_out, log_in = os.pipe()
-        shared = {"OMP_NUM_THREADS": str(max(1, _cores() // processes))} if processes > 1 else {}
         try:
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=None if stdout else log_in,
                 stderr=log_in,
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPIN_COUNT, **shared, **os.environ},
+                env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **environment},
             )
         except OSError as error:
             os.close(log_out)
@@ -207,7 +242,7 @@ def _error_of(happened: events.Event) -> FlashtalkError:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[int]]:
+def stop_requests() -> Iterator[list[int]]:
     """A list that grows with every signal that asks this process to end."""
     requests: list[int] = []
 

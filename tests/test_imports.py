@@ -50,7 +50,7 @@ LIGHT_MODELS = {
 LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
-    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS"},
+    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
     "worker.py": None,
 }  # None: torchrun's own
 

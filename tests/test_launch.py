@@ -356,3 +356,43 @@ def test_several_processes_share_the_cores(monkeypatch):
     assert (code, seen[0]["name"]) == (0, "1")
     command = launch.worker_command(Path("j"), Path("s"), True, 3)
     assert command[1:] == ["-m", "flashtalk_cli.torchrun", "3", "flashtalk_cli.worker", "j", "s", "--debug"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("GPU-a,GPU-b", ["GPU-a,GPU-b", ""])],
+)
+def test_workers_side_by_side_have_gpus_of_their_own(monkeypatch, visible, expected):
+    """Contract: also where only some of the machine's GPUs are ours."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = [launch.Share(index, 2).environment(2)["CUDA_VISIBLE_DEVICES"] for index in range(2)]
+    assert found == expected
+    assert "CUDA_VISIBLE_DEVICES" not in launch.Share().environment(2)
+
+
+def test_a_worker_may_be_given_standard_input_and_be_ended_by_a_shared_list():
+    """Contract: what workers that run side by side are started with."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"hello\n")
+    requests: list[int] = []
+    seen: list[events.Event] = []
+
+    def on_event(happened: events.Event) -> None:
+        seen.append(happened)
+        requests.append(signal.SIGINT)
+
+    code = launch.run(
+        Job(),
+        on_event,
+        stdin=read_end,
+        requests=requests,
+        command=fake(
+            SLOW.replace("str(os.getpid())", "sys.stdin.readline()") + "while not ends: time.sleep(0.02)"
+        ),
+    )
+    os.close(read_end)
+    os.close(write_end)
+    assert seen[0]["detail"] == "hello\n"
+    assert code == 130
