@@ -184,11 +184,16 @@ class Speech(Frozen):
         return self.n_samples / SAMPLE_RATE_HZ
 
 
-class PictureJob(Frozen):
-    """What every job is given: a preset and a picture. Paths are absolute."""
+class PresetJob(Frozen):
+    """What every job is given."""
 
     preset: Preset
     picture: Path
+
+
+class PictureJob(PresetJob):
+    """A job of one picture. Paths are absolute."""
+
 
 
 class ClipJob(PictureJob):
@@ -220,6 +225,13 @@ class BenchJob(ClipJob):
 
 
 class PcmFormat(Frozen):
+class ServeJob(PresetJob):
+    """Clips one after another with networks loaded once: RenderJobs, a line of JSON each, on standard input."""
+
+    kind: Literal["serve"] = "serve"
+    prompts: tuple[str, ...]  # of all clips: the text encoder is loaded for them together
+
+
     """Raw samples as they arrive: `s16le:16000:1` on the command line."""
 
     encoding: Literal["s16le", "s16be", "s32le", "f32le", "u8"] = "s16le"

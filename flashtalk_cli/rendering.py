@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashtalk_cli import __version__
-from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, PictureJob, RenderJob, Sampling
+from flashtalk_cli.config import VAE_STRIDE_PX, ClipJob, PictureJob, PresetJob, RenderJob, Sampling
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, DeviceError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.media.audio import read_samples
@@ -27,7 +27,9 @@ from flashtalk_cli.models import weights
 from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
-from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.models.image import ImageEncoder
+from flashtalk_cli.models.speech import SpeechEncoder
+from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
@@ -36,7 +38,7 @@ from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to
 class Worker:
     """What all parts of a job need: the job, the model's folder, the ranks, the device, and a way to report."""
 
-    def __init__(self, job: PictureJob, ranks: Ranks, emitter: Emitter) -> None:
+    def __init__(self, job: PresetJob, ranks: Ranks, emitter: Emitter) -> None:
         self.job = job
         self.preset = job.preset
         self.ranks = ranks
@@ -60,19 +62,31 @@ class Worker:
         self.emitter.emit("stage", name="encode", detail="picture and prompt")
         rows = self.encode_prompt(self.preset.sampling.prompt)
         picture, tokens = self.encode_picture(self.job.picture)
+        assert isinstance(self.job, PictureJob)
         return picture, rows, tokens
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Rows of a prompt, on the CPU. The encoder is loaded for it and freed again."""
         text = weights.load_text_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
         return text.encode(prompt).cpu()
+        return self.encode_prompts([prompt])[prompt]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Rows of each prompt, on the CPU. The encoder is loaded once, and freed again."""
 
     def encode_picture(self, path: Path) -> tuple[Tensor, Tensor]:
-        """A picture [3, H, W] in [-1, 1] and its tokens, on the CPU. The encoder is freed again."""
+        """A picture [3, H, W] in [-1, 1] and its tokens, on the CPU."""
         pixels = torch.tensor(load_picture(path, self.preset.canvas))
         picture = pixels.permute(2, 0, 1).float() / 127.5 - 1
-        image = weights.load_image_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
-        return picture, image.encode(picture).cpu()
+        return picture, self.image_encoder().encode(picture).cpu()
+
+    def image_encoder(self) -> ImageEncoder:
+        """Made anew; freed when the caller lets it go."""
+        return weights.load_image_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
+
+    def speech_encoder(self) -> SpeechEncoder:
+        """Made anew."""
+        return weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
 
     @property
     def _encoder_dtype(self) -> torch.dtype:
@@ -118,7 +132,7 @@ class Worker:
         """A function from what is heard to its feature rows [n_frames, layers, dim]."""
         assert isinstance(self.job, ClipJob)
         speech = self.job.speech
-        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        encoder = self.speech_encoder()
         gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
 
         def features(heard: chunks.Heard) -> Tensor:
