@@ -46,7 +46,7 @@ def find_ffmpeg() -> str:
 
     Raises `OutputError` when there is none.
     """
-    working = [program for program in _candidates() if encoders(program)]
+    working = [program for program in candidates() if encoders(program)]
     for program in working:
         if "libx264" in encoders(program):
             return program
@@ -55,7 +55,8 @@ def find_ffmpeg() -> str:
     return working[0]
 
 
-def _candidates() -> Iterable[str]:
+def candidates() -> Iterable[str]:
+    """Every ffmpeg of this machine, the one to prefer first; whether it runs is not asked."""
     on_path = shutil.which("ffmpeg")
     if on_path:
         yield on_path
@@ -75,6 +76,12 @@ def encoders(program: str | None = None) -> frozenset[str]:
     """
     listing = _stdout_of(program or find_ffmpeg(), "-encoders").rpartition("------")[2]
     return frozenset(line.split()[1] for line in listing.splitlines() if len(line.split()) > 1)
+
+
+@functools.lru_cache(maxsize=16)
+def listed(program: str, what: str) -> frozenset[str]:
+    """All words of a listing of that ffmpeg, such as `-muxers` or `-protocols`; empty when it does not run."""
+    return frozenset(_stdout_of(program, what).split())
 
 
 def version(program: str | None = None) -> str:

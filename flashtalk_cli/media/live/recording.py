@@ -1,0 +1,60 @@
+"""Where a sink of this machine writes: a recording that appears only when whole, or a folder of segments."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.live.commands import PLAYLIST
+from flashtalk_cli.media.part_file import PartFile, check_writable
+
+OURS = re.compile(rf"segment-\d{{6,}}\.ts(\.tmp)?|{re.escape(PLAYLIST)}(\.tmp)?")
+
+
+class Recording:
+    """A part file that becomes the output. Written fragmented and left so: it plays however the run ends.
+
+    A copy with the index in front, which a rendered video gets, would take minutes after hours on air.
+    """
+
+    def __init__(self, output: Path, overwrite: bool) -> None:
+        self._part = PartFile(output, overwrite)
+        self.path = self._part.path
+        self.descriptor = self._part.descriptor  # the lock, for the writing process to hold too
+
+    def publish(self) -> None:
+        """It is whole: give it its name. Raises `OutputError`; the part then stays."""
+        self._part.publish(self._part.path)
+
+    def leave(self) -> Path | None:
+        """It stays as the part file, which plays; None when nothing was written and nothing is left."""
+        if not self._part.held:
+            return None
+        if self._part.is_empty():
+            self._part.discard()
+            return None
+        self._part.release()
+        return self._part.path
+
+
+def check_folder(folder: Path) -> None:
+    """`OutputError` when segments cannot be written there. Creates nothing."""
+    if folder.exists():
+        check_writable(folder / PLAYLIST, overwrite=True)
+    else:
+        check_writable(folder, overwrite=False)
+
+
+def clear_folder(folder: Path) -> None:
+    """The folder, made if need be, without the playlist and segments of an earlier run; other files stay."""
+    try:
+        folder.mkdir(exist_ok=True)
+        for found in folder.iterdir():
+            if OURS.fullmatch(found.name):
+                found.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{shown(folder)}: cannot hold the stream ({error.strerror}); choose another folder"
+        ) from None
