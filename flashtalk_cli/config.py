@@ -188,12 +188,12 @@ class PresetJob(Frozen):
     """What every job is given."""
 
     preset: Preset
-    picture: Path
 
 
 class PictureJob(PresetJob):
     """A job of one picture. Paths are absolute."""
 
+    picture: Path
 
 
 class ClipJob(PictureJob):
@@ -224,7 +224,6 @@ class BenchJob(ClipJob):
     warmup_chunks: int = Field(2, ge=0)
 
 
-class PcmFormat(Frozen):
 class ServeJob(PresetJob):
     """Clips one after another with networks loaded once: RenderJobs, a line of JSON each, on standard input."""
 
@@ -232,6 +231,7 @@ class ServeJob(PresetJob):
     prompts: tuple[str, ...]  # of all clips: the text encoder is loaded for them together
 
 
+class PcmFormat(Frozen):
     """Raw samples as they arrive: `s16le:16000:1` on the command line."""
 
     encoding: Literal["s16le", "s16be", "s32le", "f32le", "u8"] = "s16le"

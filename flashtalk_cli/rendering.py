@@ -29,7 +29,7 @@ from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.image import ImageEncoder
 from flashtalk_cli.models.speech import SpeechEncoder
-from flashtalk_cli.parallel.mesh import make_mesh
+from flashtalk_cli.parallel.mesh import choose_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
@@ -60,19 +60,19 @@ class Worker:
     def _encode_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same, made here."""
         self.emitter.emit("stage", name="encode", detail="picture and prompt")
+        assert isinstance(self.job, PictureJob)
         rows = self.encode_prompt(self.preset.sampling.prompt)
         picture, tokens = self.encode_picture(self.job.picture)
-        assert isinstance(self.job, PictureJob)
         return picture, rows, tokens
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Rows of a prompt, on the CPU. The encoder is loaded for it and freed again."""
-        text = weights.load_text_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
-        return text.encode(prompt).cpu()
         return self.encode_prompts([prompt])[prompt]
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Rows of each prompt, on the CPU. The encoder is loaded once, and freed again."""
+        text = weights.load_text_encoder(self.folder, self.device, self._encoder_dtype, random=self.random)
+        return {prompt: text.encode(prompt).cpu() for prompt in prompts}
 
     def encode_picture(self, path: Path) -> tuple[Tensor, Tensor]:
         """A picture [3, H, W] in [-1, 1] and its tokens, on the CPU."""
