@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
 
     `folder` is where the prepared sound goes; it must live as long as the job.
     """
-    preset = _preset(request)
+    preset = preset_of(request.preset, request.sets, request.options, request.size)
     output = _output(request, preset)
     width_px, height_px = picture_size(request.picture)
     load_picture(request.picture, preset.canvas)  # decodes every pixel: a file that is cut short shows here
@@ -118,13 +118,18 @@ def _growth_shown(folder: Path, display: Display) -> Iterator[None]:
         watcher.join()
 
 
-def _preset(request: Request) -> Preset:
-    """The preset with everything that the command line changes in it; options win over --set."""
-    overrides = [parse_set(text) for text in request.sets]
-    overrides += [Override(path, value, option) for option, (path, value) in request.options.items()]
-    if request.size is not None and request.size != "auto":
-        overrides += _sides(request.size)
-    return load(request.preset, overrides)
+def preset_of(
+    name: str, sets: Sequence[str], options: Mapping[str, tuple[str, Any]], size: str | None
+) -> Preset:
+    """The preset with everything that the command line changes in it; options win over --set.
+
+    `options`: of each option the preset's dotted key and the value; `size`: WxH, auto or None.
+    """
+    overrides = [parse_set(text) for text in sets]
+    overrides += [Override(path, value, option) for option, (path, value) in options.items()]
+    if size is not None and size != "auto":
+        overrides += _sides(size)
+    return load(name, overrides)
 
 
 def _sides(size: str) -> list[Override]:
