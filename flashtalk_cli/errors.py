@@ -7,7 +7,8 @@
     |- ModelError                5   a model folder: missing, incomplete, wrong tensors
     |- OutputError               6   nowhere to write, the disk is full, ffmpeg failed
     |- DeviceError               7   no such device, out of memory, a kernel is missing
-    `- WorkerError               8   a worker died, hung, or lost its peers
+    `- WorkerError               8   a worker died or hung
+       `- PeerLost               8   a worker lost another, whose own error is the one to show
     (Ctrl-C or SIGTERM)        130   ended on request; what was rendered is kept
 
 A message is one line: what is wrong, with the numbers, and the mend. `assert` is for
@@ -60,9 +61,13 @@ class DeviceError(FlashtalkError):
 
 
 class WorkerError(FlashtalkError):
-    """A worker process died, hung, or lost its peers."""
+    """A worker process died or hung."""
 
     exit_code = 8
+
+
+class PeerLost(WorkerError):
+    """A worker lost another one: an effect, whose cause is that one's error."""
 
 
 INTERRUPTED_EXIT_CODE = 130

@@ -4,11 +4,15 @@ The worker runs in a session of its own, so that a Ctrl-C in the terminal reache
 process, which then decides: the first Ctrl-C (or SIGTERM, or a closed terminal) asks the
 worker's whole process group to end and gives it ten seconds to close the file; the second
 kills it at once. Should this process itself be killed, the worker sees its socket close.
+
+A worker of several ranks is torchrun, whose ranks die with it. The first rank that fails ends them
+all: the others have DYING_S to close what they can. Each rank writes its own log, kept if the run fails.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,9 +29,10 @@ from typing import Any
 
 from flashtalk_cli import events
 from flashtalk_cli.config import Frozen
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, WorkerError, by_name
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, PeerLost, WorkerError, by_name
 
 CLEAN_END_S = 10.0  # what a worker gets to close its file after being asked to end
+DYING_S = 3.0  # what is left of a worker gets after the first error
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEPT_LINES = 50
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
@@ -38,6 +43,15 @@ SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 SPIN_COUNT = "2000"
 
 Command = Callable[[Path, Path, bool], list[str]]
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Which of `count` hosts this is, all of which run the same command; host 0 listens at HOST:PORT."""
+
+    count: int = 1
+    index: int = 0
+    endpoint: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,10 +83,20 @@ class WorkerTraceback(Exception):
         return "in the worker\n" + self.args[0]
 
 
-def worker_command(job_path: Path, socket_path: Path, debug: bool, processes: int = 1) -> list[str]:
-    """The command line of the worker, or of torchrun that starts so many of them."""
-    start = ["flashtalk_cli.torchrun", str(processes)] if processes > 1 else []
-    command = [*start, "flashtalk_cli.worker", str(job_path), str(socket_path)]
+def worker_command(
+    job_path: Path,
+    socket_path: Path,
+    debug: bool,
+    processes: int = 1,
+    hosts: Hosts = Hosts(),
+    logs: Path | None = None,
+) -> list[str]:
+    """The command line of the worker, or of torchrun that starts so many of them on each host."""
+    command = ["flashtalk_cli.worker", str(job_path), str(socket_path)]
+    if processes > 1 or hosts.count > 1:
+        command = ["flashtalk_cli.torchrun", str(processes), *command]
+        command += [f"--rank-logs={logs}"] if logs else []
+        command += ["--hosts", str(hosts.count), str(hosts.index), hosts.endpoint] if hosts.count > 1 else []
     return [sys.executable, "-m", *command, *(["--debug"] if debug else ())]
 
 
@@ -85,12 +109,15 @@ def run(
     stdout: bool = False,
     on_log: Callable[[str], None] | None = None,
     processes: int = 1,
+    hosts: Hosts = Hosts(),
     share: Share = Share(),
     requests: list[int] | None = None,
     command: Command | None = None,
     clean_end_s: float = CLEAN_END_S,
 ) -> int:
-    """Run a job in a worker, of one or several processes, until it ends; 0 when it is done, 130 when it was asked to end.
+    """Run a job in a worker, of one or several processes on each host, until it ends.
+
+    Returns 0 when it is done, 130 when it was asked to end.
 
     on_event gets every event but the error; on_log gets each line of the worker's stderr, in
     another thread (default: our stderr). Only with `stdout` may the worker write to our standard
@@ -103,7 +130,11 @@ def run(
     Raises the worker's own error, of its class in errors.py, with the worker's traceback as
     its cause; `WorkerError` when the worker dies without a word.
     """
-    with tempfile.TemporaryDirectory(prefix="flashtalk-", dir=_short_folder()) as name:
+    several = command is None and (processes > 1 or hosts.count > 1)
+    with (
+        _log_folder(several) as logs,
+        tempfile.TemporaryDirectory(prefix="flashtalk-", dir=_short_folder()) as name,
+    ):
         job_path, socket_path = Path(name, "job.json"), Path(name, "events.sock")
         job_path.write_text(job.model_dump_json(), encoding="utf-8")
         own = stop_requests() if requests is None else nullcontext(requests)
@@ -111,7 +142,7 @@ def run(
             arguments = (
                 command(job_path, socket_path, debug)
                 if command
-                else worker_command(job_path, socket_path, debug, processes)
+                else worker_command(job_path, socket_path, debug, processes, hosts, logs)
             )
             environment = share.environment(processes)
             worker = _Worker(arguments, stdin, stdout, on_log or _to_stderr, environment)
@@ -119,7 +150,7 @@ def run(
                 last = _follow(worker, listener, requests, on_event, clean_end_s)
             finally:
                 worker.kill()
-            return _outcome(worker, last, bool(requests), on_event)
+            return _outcome(worker, last, bool(requests), on_event, hosts, logs)
 
 
 class _Worker:
@@ -192,7 +223,8 @@ def _follow(
         for happened in listener.drain() if ended else listener.read(wait_s=0.1):
             if happened["event"] in events.LAST:
                 last = happened if last is None or _is_effect(last) else last
-                deadline_s = min(deadline_s, time.monotonic() + CLEAN_END_S)
+                ending_s = DYING_S if happened["event"] == "error" else CLEAN_END_S
+                deadline_s = min(deadline_s, time.monotonic() + ending_s)
             if happened["event"] != "error":
                 on_event(happened)
         if ended:
@@ -206,14 +238,22 @@ def _follow(
 
 
 def _outcome(
-    worker: _Worker, last: events.Event | None, asked: bool, on_event: Callable[[events.Event], None]
+    worker: _Worker,
+    last: events.Event | None,
+    asked: bool,
+    on_event: Callable[[events.Event], None],
+    hosts: Hosts,
+    logs: Path | None,
 ) -> int:
     """The exit code of a run, or the error that it ended with."""
     if last is None and asked:
         on_event(events.event("interrupted", path=None, frames=0))
         return INTERRUPTED_EXIT_CODE
+    if last is None and hosts.index > 0 and worker.process.returncode == 0:
+        return 0  # host 0 says what came of it
     if last is None:
-        raise WorkerError(_death(worker.process.returncode, worker.lines))
+        text = _death(worker.process.returncode, worker.lines)
+        raise WorkerError(f"{text}; logs of its ranks: {logs}" if logs else text)
     if last["event"] == "error":
         raise _error_of(last)
     return 0 if last["event"] == "done" else INTERRUPTED_EXIT_CODE
@@ -231,8 +271,8 @@ def _death(returncode: int, lines: Sequence[str]) -> str:
 
 
 def _is_effect(happened: events.Event) -> bool:
-    """Whether it may be the effect of another rank's error: that one is the one to show."""
-    return happened["event"] == "error" and happened["type"] == WorkerError.__name__
+    """Whether it is the effect of another rank's error: that one is the one to show."""
+    return happened["event"] == "error" and happened["type"] == PeerLost.__name__
 
 
 def _error_of(happened: events.Event) -> FlashtalkError:
@@ -263,6 +303,17 @@ def stop_requests() -> Iterator[list[int]]:
 def _cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _log_folder(several: bool) -> Iterator[Path | None]:
+    """A folder for the logs of several ranks, which stays when the run fails; None for one process."""
+    if not several:
+        yield None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="flashtalk-logs-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _short_folder() -> str | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from pathlib import Path
+from typing import TextIO
 
 
 class RankFilter(logging.Filter):
@@ -19,20 +22,34 @@ class RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
-def setup(*, debug: bool = False, rank: int = 0) -> None:
+def setup(*, debug: bool = False, rank: int = 0, console: TextIO | None = None) -> None:
     """Log warnings to stderr; with `debug` all that our own modules say, and Python's warnings.
 
+    Where stderr is a rank's own file, `console` is where others may read what the rank filter lets pass.
     Calling it again replaces what an earlier call set up.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(RankFilter(rank))
     shape = (
         "%(asctime)s %(who)s%(levelname)s %(name)s: %(message)s"
         if debug
         else "%(who)s%(levelname)s: %(message)s"
     )
-    handler.setFormatter(logging.Formatter(shape))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    handlers = [logging.StreamHandler(stream) for stream in (sys.stderr, console) if stream is not None]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(shape))
+        handler.addFilter(RankFilter(rank))
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     logging.getLogger("flashtalk_cli").setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if debug else logging.ERROR)
+
+
+def divert_stderr(path: Path) -> TextIO:
+    """Write stderr, that of libraries in C too, to a file from now on; what stderr was before.
+
+    Raises OSError when the file cannot be made.
+    """
+    before = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="replace")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 2)
+    os.close(file)
+    return before

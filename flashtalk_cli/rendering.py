@@ -29,9 +29,11 @@ from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.image import ImageEncoder
 from flashtalk_cli.models.speech import SpeechEncoder
-from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.parallel.split import Split, split
 from flashtalk_cli.pipeline import chunks
+from flashtalk_cli.pipeline.delivery import Delivery
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
 
 
@@ -97,13 +99,12 @@ class Worker:
         self.emitter.emit("stage", name="weights", detail=f"{self.folder.path} on {self.device}")
         precision, options = self.preset.precision, {"random": self.random}
         dit_dtype, vae_dtype = (choose_dtype(name, self.device) for name in (precision.dit, precision.vae))
-        kernel = choose_kernel(self.preset.compute.attention, self.device, dit_dtype)
+        compute = self.preset.compute
+        kernel = choose_kernel(compute.attention, self.device, dit_dtype)
+        mesh = make_mesh(self.ranks, self.split(), compute.engine, kernel.name)
         dit = weights.load_dit(
             self.folder, self.device, dit_dtype, kernel=kernel, offload=self.offload, **options
         )
-        canvas, heads = self.preset.canvas, dit.params.num_heads
-        latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
-        mesh = choose_mesh(self.ranks, heads, *latents, self.preset.compute.ulysses)
         return Models(
             dit=dit,
             vae=weights.load_vae(self.folder, self.device, vae_dtype, **options),
@@ -112,6 +113,12 @@ class Worker:
             sequence=mesh.sequence,
             tiles=mesh.tiles,
         )
+
+    def split(self) -> Split:
+        """How this preset's video is spread over the ranks."""
+        compute, canvas = self.preset.compute, self.preset.canvas
+        latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
+        return split(self.ranks.size, self.folder.heads(random=self.random), *latents, compute.ulysses)
 
     def hearing(self) -> Callable[[int], Tensor]:
         """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim].
@@ -122,6 +129,8 @@ class Worker:
         encode = self._speech_features() if self.ranks.leads else None
 
         def windows(index: int) -> Tensor:
+            if index:
+                self.ranks.pulse.round()  # whoever asks for a chunk has finished the one before
             heard = chunks.heard_by(index, sampling, hearing)
             features = self.ranks.from_leader(encode(heard) if encode else None)
             return chunks.windows(features, heard, sampling.chunk_frames)
@@ -159,8 +168,7 @@ def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -
     pieces = make_frames(worker, models, prepare(models, picture, text, image), hear, job.n_frames, stop)
     if worker.ranks.leads:
         return write(worker, job, pieces, stdout)
-    for _ in pieces:
-        pass  # they went to rank 0
+    assert not list(pieces), "frames go to rank 0"
     return 0
 
 
@@ -171,23 +179,29 @@ def make_frames(
     hear: Callable[[int], Tensor],
     n_frames: int,
     stop: threading.Event,
-) -> Iterator[Tensor | None]:
-    """The first n_frames frames, uint8 [T, H, W, 3] a piece, as they decode; None on all ranks but 0.
+) -> Iterator[Tensor]:
+    """The first n_frames frames, uint8 [T, H, W, 3] in host memory a piece, as they decode; on rank 0 alone.
 
     Ends early, on all ranks after the same piece, once any of them was asked to stop.
     """
     left = n_frames
+    delivery = Delivery(worker.device)
     for video in talk(models, conditions, hear, chunks.count(n_frames, models.sampling)):
         if worker.ranks.any(stop.is_set()):
-            return
-        frames = models.tiles.collect(to_bytes(video[:, :, :left]))
+            break
+        ready = delivery.push(models.tiles.collect(to_bytes(video[:, :, :left])))
         left -= min(left, video.shape[2])
-        yield frames
+        if ready is not None:
+            with worker.ranks.pulse.resting():  # who takes them may be slow
+                yield ready
         if not left:
-            return
+            break
+    last = delivery.flush()
+    if last is not None:
+        yield last
 
 
-def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor | None], stdout: int) -> int:
+def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int) -> int:
     """Write frames to the job's file as they come; the exit code."""
     canvas, sampling = job.preset.canvas, job.preset.sampling
     video_file = VideoFile(
@@ -207,8 +221,7 @@ def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor | None], stdou
     with video_file as file:
         progress = Progress(worker.emitter, job.n_frames, sampling, started_s)
         for frames in pieces:
-            assert frames is not None
-            file.write(frames.cpu().numpy())
+            file.write(frames.numpy())
             progress.report(file.frames_written)
         if file.frames_written < job.n_frames:
             kept = file.abort()

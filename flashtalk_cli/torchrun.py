@@ -1,4 +1,7 @@
-"""Start the ranks of a worker: `python -m flashtalk_cli.torchrun N MODULE JOB.json EVENTS_SOCKET [--debug]`.
+"""Start the ranks of a worker: `python -m flashtalk_cli.torchrun N MODULE JOB.json EVENTS_SOCKET [OPTIONS]`.
+
+    --rank-logs=FOLDER             passed on, with --debug: where each rank writes its log
+    --hosts COUNT INDEX ENDPOINT   this is one of several hosts with N ranks each
 
 This is torchrun, of torch's own agent, with its words made ours: it stays silent where a rank has
 already said what happened, and speaks for a rank that can no longer speak for itself.
@@ -6,9 +9,13 @@ already said what happened, and speaks for a rank that can no longer speak for i
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,27 +24,61 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, WorkerError
-from flashtalk_cli.events import Emitter
+from flashtalk_cli.events import Emitter, watch_parent
+
+ORPHANS_S = 9.0  # after the parent's death, what ranks get to end in order before they die with this process
 
 
 def main(argv: Sequence[str]) -> int:
     """Run MODULE in so many processes until all have ended; 0, or the exit code of the first that failed."""
-    count, module, job_path, socket_path, *options = argv
-    if "--debug" not in options:
+    given = _parser().parse_args(argv)
+    if not given.debug:
         logging.disable(logging.ERROR)  # the agent tells of every signal that it passes on
-    ranks = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
+    emitter = Emitter(given.socket)
+    watch_parent(_outlive_ranks, emitter)
     try:
-        torchrun.run(torchrun.parse_args([*ranks, "-m", module, job_path, socket_path, *options]))
+        torchrun.run(torchrun.parse_args(_agent_options(given)))
     except SignalException:
         return INTERRUPTED_EXIT_CODE
     except ChildFailedError as error:
         rank, failure = cause(error.failures)
         if failure.exitcode < 0:
-            emitter = Emitter(Path(socket_path))
-            emitter.error(WorkerError(death(rank, failure)))
-            emitter.close()
+            emitter.error(WorkerError(death(rank, failure, given.rank_logs)))
         return abs(failure.exitcode)
+    finally:
+        emitter.close()
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flashtalk_cli.torchrun")
+    parser.add_argument("processes")
+    parser.add_argument("module")
+    parser.add_argument("job")
+    parser.add_argument("socket", type=Path)
+    parser.add_argument("--rank-logs", type=Path)
+    parser.add_argument("--hosts", nargs=3, metavar=("COUNT", "INDEX", "ENDPOINT"))
+    parser.add_argument("--debug", action="store_true")
+    return parser
+
+
+def _agent_options(given: argparse.Namespace) -> list[str]:
+    """The command line of torchrun itself. Ranks are numbered by hosts, so rank 0 is on host 0."""
+    if given.hosts:
+        count, index, endpoint = given.hosts
+        options = [f"--nnodes={count}", f"--node-rank={index}", f"--rdzv-endpoint={endpoint}"]
+    else:
+        options = ["--standalone", "--local-addr=127.0.0.1"]
+    worker = ["-m", given.module, given.job, str(given.socket)]
+    worker += [f"--rank-logs={given.rank_logs}"] if given.rank_logs else []
+    worker += ["--debug"] if given.debug else []
+    return [*options, f"--nproc-per-node={given.processes}", *worker]
+
+
+def _outlive_ranks() -> None:
+    """End some time after the parent died: ranks see that themselves, but one that is stopped does not."""
+    time.sleep(ORPHANS_S)
+    os._exit(WorkerError.exit_code)
 
 
 def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
@@ -51,11 +92,15 @@ def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     return first, failures[first]
 
 
-def death(rank: int, failure: ProcessFailure) -> str:
+def death(rank: int, failure: ProcessFailure, logs: Path | None) -> str:
     """What killed a rank, in one line."""
     number = -failure.exitcode
-    text = f"rank {rank}, process {failure.pid}, died of {signal.Signals(number).name}"
-    return f"{text}: most likely the machine ran out of memory" if number == signal.SIGKILL else text
+    text = (
+        f"rank {rank} on {socket.gethostname()}, process {failure.pid}, died of {signal.Signals(number).name}"
+    )
+    if number == signal.SIGKILL:
+        text += ": most likely the machine ran out of memory"
+    return f"{text}; its log: {logs / f'rank-{rank}.log'}" if logs else text
 
 
 if __name__ == "__main__":

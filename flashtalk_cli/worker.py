@@ -7,31 +7,40 @@ each GPU. What a job asks for is done in rendering.py and its neighbours; why it
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import TextIO, cast
 
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from flashtalk_cli import log
-from flashtalk_cli.bench.report import report
-from flashtalk_cli.bench.timers import Timer
-from flashtalk_cli.config import BenchJob, Job
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, WorkerError
+from flashtalk_cli import events, log
+from flashtalk_cli.bench.report import of_rank, report
+from flashtalk_cli.bench.timers import ExchangeTimer, Timer
+from flashtalk_cli.config import BenchJob, Job, RenderJob, StreamJob
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
-from flashtalk_cli.parallel.ranks import join, lost_peers
+from flashtalk_cli.parallel.pulse import SILENT_S, Verdict
+from flashtalk_cli.parallel.ranks import Ranks, join, lost_peers
 from flashtalk_cli.parallel.spatial import Tiles
+from flashtalk_cli.pipeline.delivery import Delivery
 from flashtalk_cli.pipeline.session import State, begin, prepare, step, to_bytes
 from flashtalk_cli.rendering import Worker, render
 
-ORPHAN_S = 10.0  # what a rank without a parent gets to close its file
+ORPHAN_S = 8.0  # what a rank without a parent gets to close its file
+LAST_S = 1.5  # what rank 0 gets to close its file when the run cannot go on
+VERDICT_S = SILENT_S + 1.0  # within which a rank that lost another is told why
 
 
 def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
@@ -44,7 +53,8 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     conditions = prepare(models, picture, text, image)
     prepared_s = time.perf_counter()
     state = begin(conditions, job.preset.sampling.seed)
-    timer = Timer(worker.device)
+    timer, exchanges = Timer(worker.device), ExchangeTimer(worker.device)
+    worker.ranks.traffic.timer = exchanges
     n_chunks = job.warmup_chunks + job.chunks
     worker.emitter.emit("stage", name="measure", detail=f"{n_chunks} chunks")
     for index in range(n_chunks):
@@ -52,13 +62,18 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
             worker.emitter.emit("interrupted", path=None, frames=0)
             return INTERRUPTED_EXIT_CODE
         timer.start()
+        exchanges.start()
         windows = hear(index)
         timer.mark("hear")
         pieces = step(models, conditions, state, windows, timer.mark)
-        state = yield_to_host(pieces, models.tiles)
+        state = to_host(pieces, models.tiles, Delivery(worker.device))
         worker.emitter.emit("progress", name="measure", done=index + 1, total=n_chunks, unit="chunks")
     once = {"load_s": loaded_s - started_s, "prepare_s": prepared_s - loaded_s}
-    worker.emitter.emit("report", data=report(job, worker.device, timer.durations_s(), once))
+    worker.ranks.traffic.timer = None
+    own = of_rank(job, worker.device, worker.ranks.rank, exchanges.totals_s())
+    each = worker.ranks.to_leader(own)
+    if worker.ranks.leads:
+        worker.emitter.emit("report", data=report(job, worker.device, timer.durations_s(), once, each))
     elapsed_s = time.perf_counter() - started_s
     frames = n_chunks * job.preset.sampling.new_frames
     duration_s = frames / job.preset.sampling.fps
@@ -66,41 +81,62 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     return 0
 
 
-def yield_to_host(pieces: Generator[Tensor, None, State], tiles: Tiles) -> State:
+def to_host(pieces: Generator[Tensor, None, State], tiles: Tiles, delivery: Delivery) -> State:
     """Bring a chunk's frames to rank 0's host memory as bytes, as they come; the state after it."""
     while True:
         try:
-            frames = tiles.collect(to_bytes(next(pieces)))
-            if frames is not None:
-                frames.cpu()
+            delivery.push(tiles.collect(to_bytes(next(pieces))))
         except StopIteration as end:
+            delivery.flush()
             return end.value
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the job file argv[0], reporting to the socket argv[1]; the exit code."""
-    log.setup(debug="--debug" in argv)
+    debug = "--debug" in argv
+    rank_log, console = _own_log(argv)
+    log.setup(debug=debug, console=console)
     # Standard output may be the video. Whatever else would be printed there goes to the log.
     stdout = os.dup(1)
     os.dup2(2, 1)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     emitter = Emitter(Path(argv[1]))
+    ranks = Ranks(torch.device("cpu"))
     try:
-        job = TypeAdapter[Job](Job).validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        ranks = join(choose_device(job.preset.compute.device))
-        log.setup(debug="--debug" in argv, rank=ranks.rank)
+        job: Job = TypeAdapter[Job](Job).validate_json(Path(argv[0]).read_text(encoding="utf-8"))
+        ranks = join(choose_device(job.preset.compute.device), rank_log)
+        log.setup(debug=debug, rank=ranks.rank, console=console)
         watch_parent(lambda: end_alone(stop), emitter)
+        ranks.pulse.start(lambda verdict: give_up(verdict, ranks, emitter))
+        job = cast("Job", ranks.from_leader(job if ranks.leads else None))  # other hosts' may differ
         worker = Worker(job, ranks, emitter if ranks.leads else Emitter(None))
-        code = render(worker, job, stop, stdout) if job.kind == "render" else bench(worker, job, stop)
+        if isinstance(job, RenderJob):
+            code = render(worker, job, stop, stdout)
+        elif isinstance(job, StreamJob):
+            code = stream(worker, job, stop, stdout)
+        else:
+            assert isinstance(job, BenchJob)
+            code = bench(worker, job, stop)
         ranks.leave()
         return code
     except torch.OutOfMemoryError as error:
-        return _fail(emitter, out_of_memory(error))
+        return _fail(emitter, out_of_memory(error), ranks, rank_log)
     except Exception as error:
-        return _fail(emitter, WorkerError(lost) if (lost := lost_peers(error)) else error)
+        return _fail(emitter, error, ranks, rank_log)
     finally:
         emitter.close()
+
+
+def _own_log(argv: Sequence[str]) -> tuple[Path | None, TextIO | None]:
+    """With `--rank-logs=FOLDER`, have this rank's stderr in a file there: the file, and what stderr was before."""
+    folders = [option.removeprefix("--rank-logs=") for option in argv if option.startswith("--rank-logs=")]
+    if not folders:
+        return None, None
+    path = Path(folders[0], f"rank-{os.environ['RANK']}.log")
+    console = log.divert_stderr(path)
+    faulthandler.enable()
+    return path, console
 
 
 def end_alone(stop: threading.Event) -> None:
@@ -110,9 +146,32 @@ def end_alone(stop: threading.Event) -> None:
     os._exit(WorkerError.exit_code)
 
 
-def _fail(emitter: Emitter, error: Exception) -> int:
-    emitter.error(error)
-    return error.exit_code if isinstance(error, FlashtalkError) else FlashtalkError.exit_code
+def give_up(verdict: Verdict, ranks: Ranks, emitter: Emitter) -> None:
+    """End because other ranks cannot go on, from the thread that found out; what hangs here shows in the log."""
+    emitter.error(PeerLost(verdict.text) if verdict.told else WorkerError(verdict.text))
+    faulthandler.dump_traceback()
+    if ranks.leads:
+        time.sleep(LAST_S)
+    os._exit(WorkerError.exit_code)
+
+
+def _fail(emitter: Emitter, error: Exception, ranks: Ranks, rank_log: Path | None) -> int:
+    """Say why this rank ends: to the parent, to the other ranks, and in its log; the exit code."""
+    if (lost := lost_peers(error)) is not None:
+        ranks.pulse.verdict(VERDICT_S)  # by then `give_up` knows more than that somebody is gone
+        error = PeerLost(lost)
+    happened = events.error(error)
+    code: int = happened["exit_code"]
+    if ranks.size == 1:
+        emitter.send(happened)
+        return code
+    who = f"rank {ranks.rank} on {socket.gethostname()}"
+    text = f"{who}: {happened['message']}; its log: {rank_log or 'its stderr'}"
+    emitter.send({**happened, "message": text})
+    ranks.pulse.end(text)
+    traceback.print_exception(type(error), error, error.__traceback__)
+    emitter.close()
+    os._exit(code)  # libraries may wait for the lost ranks while they are torn down
 
 
 if __name__ == "__main__":

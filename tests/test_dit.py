@@ -25,10 +25,11 @@ from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA, choose_kernel
 from flashtalk_cli.models.audio import AudioProjector
 from flashtalk_cli.models.dit import AudioContext, Context, DiT, DitParams, Layout, modulate
-from flashtalk_cli.parallel.mesh import choose_mesh
+from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import Attend, Sequence
 from flashtalk_cli.parallel.spatial import WHOLE
+from flashtalk_cli.parallel.split import split
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("FLASHTALK_REFERENCE") or ROOT.parent / "shared" / "reference")
@@ -546,7 +547,7 @@ def test_ranks_together_compute_what_one_computes(size: int) -> None:
 
 def test_one_rank_is_the_identity() -> None:
     """Contract: nothing is copied, padded or changed when nobody shares the work."""
-    mesh = choose_mesh(Ranks(torch.device("cpu")), heads=4, height=2, width=3)
+    mesh = make_mesh(Ranks(torch.device("cpu")), split(1, heads=4, height=2, width=3))
     x = torch.randn(2, 3)
     assert mesh.tiles is WHOLE
     assert mesh.sequence.shard(x, 0) is x

@@ -342,10 +342,10 @@ def test_several_processes_may_speak():
 @pytest.mark.parametrize("cause_first", [True, False])
 def test_the_cause_is_shown_and_not_the_loss_of_a_peer(cause_first):
     """Whichever of the two errors arrives first."""
-    lines = ['emitter.error(ModelError("the cause"))', 'emitter.error(WorkerError("lost a peer"))']
+    lines = ['emitter.error(ModelError("the cause"))', 'emitter.error(PeerLost("lost a peer"))']
     said = "\n".join(lines if cause_first else lines[::-1])
     with pytest.raises(ModelError, match=r"^the cause$"):
-        run(f"from flashtalk_cli.errors import ModelError, WorkerError\n{said}\nsys.exit(5)")
+        run(f"from flashtalk_cli.errors import ModelError, PeerLost\n{said}\nsys.exit(5)")
 
 
 def test_several_processes_share_the_cores(monkeypatch):

@@ -2,7 +2,8 @@
 
     {"machine": {...}, "preset": NAME, "canvas": "WxH", "precision": {...}, "chunks": n, "new_frames": 28,
      "parts": {NAME: {"p50_s": , "p95_s": , "p99_s": }}, "chunk": the same of the whole chunk,
-     "fps": , "realtime": , "load_s": , "prepare_s": , "first_frame_s": , "peak_memory_gib": }
+     "fps": , "realtime": , "load_s": , "prepare_s": , "peak_memory_gib": of the rank that took most,
+     "ranks": [{"rank": , "host": , "peak_memory_gib": , "exchange": the spread of a chunk's exchanges}]}
 
 A chunk's time is from its sound being there to its last frame being bytes in host memory, the
 motion frames for the next one included: everything but ffmpeg.
@@ -11,6 +12,7 @@ motion frames for the next one included: everything but ffmpeg.
 from __future__ import annotations
 
 import platform
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,15 +48,37 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def of_rank(job: BenchJob, device: torch.device, rank: int, exchange_s: Sequence[float]) -> dict[str, Any]:
+    """What one rank adds to the report: its memory, and of each chunk the seconds in exchanges with others."""
+    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes()
+    return {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "peak_memory_gib": peak_bytes / 2**30,
+        "exchange": spread(exchange_s[job.warmup_chunks :]),
+    }
+
+
 def report(
-    job: BenchJob, device: torch.device, parts: dict[str, list[float]], once: dict[str, float]
+    job: BenchJob,
+    device: torch.device,
+    parts: dict[str, list[float]],
+    once: dict[str, float],
+    ranks: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The whole report. parts: durations of each part of a chunk; once: what happens once a run."""
+    """The whole report.
+
+    Args:
+        job: what was measured.
+        device: of rank 0.
+        parts: durations of each part of a chunk, on rank 0.
+        once: what happens once a run.
+        ranks: what `of_rank` gave on each.
+    """
     parts = {name: durations[job.warmup_chunks :] for name, durations in parts.items()}
     chunk_s = [sum(of_chunk) for of_chunk in zip(*parts.values(), strict=True)]
     sampling, canvas = job.preset.sampling, job.preset.canvas
     fps = sampling.new_frames / float(np.mean(chunk_s))
-    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes()
     return {
         "machine": machine(device),
         "preset": job.preset.name,
@@ -69,7 +93,8 @@ def report(
         "fps": fps,
         "realtime": fps / sampling.fps,
         **once,
-        "peak_memory_gib": peak_bytes / 2**30,
+        "peak_memory_gib": max(rank["peak_memory_gib"] for rank in ranks),
+        "ranks": list(ranks),
     }
 
 

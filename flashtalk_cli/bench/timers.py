@@ -21,11 +21,11 @@ class Timer:
 
     def start(self) -> None:
         """What follows is counted towards the next mark."""
-        self._marks.append(("", self._now()))
+        self._marks.append(("", _now(self._on_gpu)))
 
     def mark(self, name: str) -> None:
         """The part that began at the last mark, or at `start`, ends here and is called `name`."""
-        self._marks.append((name, self._now()))
+        self._marks.append((name, _now(self._on_gpu)))
 
     def durations_s(self) -> dict[str, list[float]]:
         """Every part's durations, in the order in which they were marked."""
@@ -37,12 +37,46 @@ class Timer:
                 found[name].append(_between_s(before, after))
         return dict(found)
 
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+class ExchangeTimer:
+    """Sums, chunk by chunk, what passes between the beginnings and the ends of exchanges with other ranks.
+
+    An exchange begins when this rank could give, so waiting for a slower rank is part of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._chunks: list[list[torch.cuda.Event | float]] = []
+
+    def start(self) -> None:
+        """What follows belongs to another chunk."""
+        self._chunks.append([])
+
+    def begin(self) -> None:
+        """What follows is an exchange."""
+        self._chunks[-1].append(_now(self._on_gpu))
+
+    def end(self) -> None:
+        """The exchange is over."""
+        self._chunks[-1].append(_now(self._on_gpu))
+
+    def totals_s(self) -> list[float]:
+        """Seconds of each chunk that went by in exchanges."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return [
+            sum(_between_s(begun, ended) for begun, ended in zip(marks[::2], marks[1::2], strict=True))
+            for marks in self._chunks
+        ]
+
+
+def _now(on_gpu: bool) -> torch.cuda.Event | float:
+    """The device's present: an event in its stream, or a reading of the clock."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _between_s(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:

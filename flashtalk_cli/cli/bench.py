@@ -103,8 +103,7 @@ def _table(data: dict[str, Any]) -> Table:
     table = Table(
         title=f"{data['preset']} {data['canvas']}, {data['steps']} steps, {data['weights']} weights\n"
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}",
-        caption=f"{data['fps']:.1f} frames a second, {data['realtime']:.2f} times real time; "
-        f"peak memory {data['peak_memory_gib']:.2f} GiB",
+        caption=f"{data['fps']:.1f} frames a second, {data['realtime']:.2f} times real time\n{_each(data)}",
     )
     table.add_column("part of a chunk")
     for name in ("p50 ms", "p95 ms", "p99 ms"):
@@ -112,3 +111,12 @@ def _table(data: dict[str, Any]) -> Table:
     for name, spread in {**data["parts"], "chunk": data["chunk"]}.items():
         table.add_row(name, *(f"{spread[key] * 1000:.0f}" for key in ("p50_s", "p95_s", "p99_s")))
     return table
+
+
+def _each(data: dict[str, Any]) -> str:
+    """Peak memory of each rank, and where there are several how long they exchanged."""
+    peaks = ", ".join(f"{rank['peak_memory_gib']:.2f}" for rank in data["ranks"])
+    if len(data["ranks"]) == 1:
+        return f"peak memory {peaks} GiB"
+    longest_s = max(rank["exchange"]["p50_s"] for rank in data["ranks"])
+    return f"peak memory of each rank {peaks} GiB; exchanges and waiting {longest_s * 1000:.0f} ms a chunk"

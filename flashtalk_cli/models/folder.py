@@ -39,6 +39,7 @@ STEMS: dict[str, str] = {
     "image": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
 }
 TOKENIZER = "google/umt5-xxl"
+RELEASED_HEADS = 40
 SPEECH_FOLDER = "chinese-wav2vec2-base"
 SPEECH_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -102,6 +103,17 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         """What config.json holds. Raises ModelError when it is absent or broken."""
         return read_json(self.path / CONFIG)
+
+    def heads(self, *, random: bool) -> int:
+        """Attention heads of the DiT. Raises ModelError when config.json is needed and does not tell.
+
+        Random weights of the released sizes need no config.json.
+        """
+        config = {} if random and not (self.path / CONFIG).is_file() else self.config()
+        heads = config.get("num_heads", RELEASED_HEADS)
+        if not isinstance(heads, int) or heads < 1:
+            raise ModelError(f"{self.path / CONFIG}: num_heads is {heads!r} and no count of attention heads")
+        return heads
 
     def files(self, component: Component) -> list[Path]:
         """Files with a component's tensors, in order; empty when there are none.

@@ -7,11 +7,13 @@ in a field; nobody asks a global for one. None of these can be differentiated th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from flashtalk_cli.parallel.traffic import Traffic
 
 # Renamed in torch 2.13; the old name warns there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -24,6 +26,7 @@ class Group:
     size: int = 1
     rank: int = 0
     handle: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         """x [size, ...], whose part i is for rank i, to [size, ...], whose part i came from rank i."""
@@ -31,7 +34,8 @@ class Group:
             return x
         x = x.contiguous()
         received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.handle)
+        with self.traffic:
+            dist.all_to_all_single(received, x, group=self.handle)
         return received
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -40,7 +44,8 @@ class Group:
             return x[None]
         flat = x.contiguous().flatten()
         received = flat.new_empty(self.size * flat.numel())
-        _all_gather(received, flat, group=self.handle)
+        with self.traffic:
+            _all_gather(received, flat, group=self.handle)
         return received.view(self.size, *x.shape)
 
     def gather(self, x: Tensor) -> Tensor | None:
@@ -49,7 +54,8 @@ class Group:
             return x[None]
         received = x.new_empty(self.size, *x.shape) if self.rank == 0 else None
         parts = None if received is None else list(received)
-        dist.gather(x.contiguous(), parts, group=self.handle, group_dst=0)
+        with self.traffic:
+            dist.gather(x.contiguous(), parts, group=self.handle, group_dst=0)
         return received
 
     def sum(self, x: Tensor) -> Tensor:
@@ -57,7 +63,8 @@ class Group:
         if self.size == 1:
             return x
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self.handle)
+        with self.traffic:
+            dist.all_reduce(total, group=self.handle)
         return total
 
     def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
@@ -73,8 +80,9 @@ class Group:
             *(dist.P2POp(dist.irecv, x, group=self.handle, group_peer=peer) for peer, x in incoming.items()),
         ]
         if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+            with self.traffic:
+                for work in dist.batch_isend_irecv(operations):
+                    work.wait()
 
 
 ALONE = Group()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flashtalk_cli.errors import ConfigError
 from flashtalk_cli.parallel.ranks import Ranks
-from flashtalk_cli.parallel.sequence import UNDIVIDED, Sequence, UlyssesRing, ulysses_degree
-from flashtalk_cli.parallel.spatial import WHOLE, TileGrid, Tiles, choose_grid
+from flashtalk_cli.parallel.sequence import UNDIVIDED, Sequence, UlyssesRing
+from flashtalk_cli.parallel.spatial import WHOLE, TileGrid, Tiles
+from flashtalk_cli.parallel.split import Split
+from flashtalk_cli.parallel.xfuser import xfuser_ring
 
 
 @dataclass(frozen=True)
@@ -18,37 +19,36 @@ class Mesh:
     tiles: Tiles = WHOLE
 
 
-def choose_mesh(ranks: Ranks, heads: int, height: int, width: int, ulysses: int | None = None) -> Mesh:
-    """Spread one video of height x width latents over all ranks; every rank must call this.
+def make_mesh(ranks: Ranks, split: Split, engine: str = "torch", attention: str = "sdpa") -> Mesh:
+    """Spread one video over all ranks; every rank must call this.
 
     Args:
         ranks: the processes of the run.
-        heads: attention heads of the DiT.
-        height: of the picture, in latents.
-        width: of the picture, in latents.
-        ulysses: ranks that share heads; None for as many as divide both ranks and heads.
+        split: how, see `flashtalk_cli.parallel.split`.
+        engine: whose exchanges self-attention uses, `torch` or `xfuser`.
+        attention: name of the attention kernel, which xfuser brings its own of.
 
-    Raises ConfigError when a degree does not divide, or the picture has too few latents for the ranks.
+    Raises DeviceError when xfuser is asked for and cannot run here.
     """
     if ranks.size == 1:
         return Mesh()
+    sequence = ring_of(ranks, split.ulysses)
     return Mesh(
-        choose_sequence(ranks, heads, ulysses),
-        TileGrid(choose_grid(ranks.size, height, width), ranks.everyone),
+        sequence if engine == "torch" else xfuser_ring(sequence, ranks.device, attention),
+        make_tiles(ranks, split),
     )
 
 
-def choose_sequence(ranks: Ranks, heads: int, ulysses: int | None = None) -> Sequence:
+def make_tiles(ranks: Ranks, split: Split) -> Tiles:
+    """The picture alone, for another canvas: no process group is made, so ranks need not meet for it."""
+    return WHOLE if ranks.size == 1 else TileGrid(split.grid, ranks.everyone)
+
+
+def ring_of(ranks: Ranks, ulysses: int) -> UlyssesRing:
     """Ulysses within runs of neighbouring ranks, which have the fastest links, and a ring across them."""
-    degree = ulysses_degree(ranks.size, heads) if ulysses is None else ulysses
-    if ranks.size % degree or heads % degree:
-        raise ConfigError(
-            f"compute.ulysses {degree} does not divide {ranks.size} GPUs and {heads} heads; "
-            f"{ulysses_degree(ranks.size, heads)} does"
-        )
     everyone = range(ranks.size)
     return UlyssesRing(
         everyone=ranks.everyone,
-        ulysses=ranks.split([everyone[start : start + degree] for start in everyone[::degree]]),
-        ring=ranks.split([everyone[start::degree] for start in range(degree)]),
+        ulysses=ranks.split([everyone[start : start + ulysses] for start in everyone[::ulysses]]),
+        ring=ranks.split([everyone[start::ulysses] for start in range(ulysses)]),
     )

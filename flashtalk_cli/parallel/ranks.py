@@ -5,9 +5,14 @@ Process groups are made and ended here and nowhere else; a worker joins once and
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import socket
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +20,14 @@ import torch.distributed as dist
 
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.parallel.group import ALONE, Group
+from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, Pulse
+from flashtalk_cli.parallel.traffic import Traffic
 
-# A rank that waits longer for the others gives up. A peer that dies is noticed at once, by its closed
-# connection or by torchrun; this bounds what hangs, and must outlast a first compilation on one rank.
-PEER_TIMEOUT_S = 600
+# The libraries' own limit on an exchange, for whoever keeps no watch on the pulse, which is quicker.
+# It must outlast a first compilation on one rank.
+PEER_TIMEOUT_S = FIRST_S
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 T = TypeVar("T")
 
@@ -30,6 +39,8 @@ class Ranks:
     device: torch.device
     size: int = 1
     rank: int = 0
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
 
     @property
     def leads(self) -> bool:
@@ -39,7 +50,7 @@ class Ranks:
     @property
     def everyone(self) -> Group:
         """All ranks, as a group."""
-        return ALONE if self.size == 1 else Group(self.size, self.rank, dist.group.WORLD)
+        return ALONE if self.size == 1 else Group(self.size, self.rank, dist.group.WORLD, self.traffic)
 
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of this rank, where `parts` says which ranks are together: each rank in exactly one.
@@ -52,7 +63,9 @@ class Ranks:
             assert list(own) == sorted(own)
             return self.everyone
         handles = {tuple(part): self._new_group(part) for part in parts if len(part) > 1}
-        return Group(len(own), list(own).index(self.rank), handles[tuple(own)]) if len(own) > 1 else ALONE
+        if len(own) == 1:
+            return ALONE
+        return Group(len(own), list(own).index(self.rank), handles[tuple(own)], self.traffic)
 
     @staticmethod
     def _new_group(part: Sequence[int]) -> dist.ProcessGroup:
@@ -61,20 +74,23 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.size > 1:
-            dist.barrier()
+            with self.traffic:
+                dist.barrier()
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any rank: the same answer on all."""
         if self.size == 1:
             return here
         flag = torch.tensor([float(here)])  # on the CPU: no rank waits for its GPU
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        with self.traffic:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor."""
         if self.size > 1:
-            dist.all_reduce(values)
+            with self.traffic:
+                dist.all_reduce(values)
             values /= self.size
         return values
 
@@ -84,24 +100,41 @@ class Ranks:
             assert value is not None
             return value
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        with self.traffic:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def to_leader(self, value: T) -> list[T]:
+        """What each rank gives, in order, on rank 0; nothing on the others. Tensors in it must be on the CPU."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] | None = [None] * self.size if self.leads else None
+        with self.traffic:
+            dist.gather_object(value, box, dst=0)
+        return box or []
+
     def leave(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, in order."""
+        self.pulse.end()
         if self.size > 1:
             dist.destroy_process_group()
 
 
-def join(device: torch.device) -> Ranks:
+def join(device: torch.device, log: Path | None = None) -> Ranks:
     """Join the run's process group, when torchrun started this process; each rank takes a GPU of its own.
 
-    Tensors on a GPU travel by NCCL, and tensors on the CPU, which coordinate, by gloo.
+    Tensors on a GPU travel by NCCL, and tensors on the CPU, which coordinate, by gloo. From here on this
+    process dies with the torchrun that started it. `log` is where this rank's log lies, for the others' errors.
     Raises DeviceError when there are fewer GPUs than ranks.
     """
     if not dist.is_torchelastic_launched():
         return Ranks(device)
+    _die_with_parent()
     timeout = timedelta(seconds=PEER_TIMEOUT_S)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timedelta(seconds=SILENT_S))
+    traffic = Traffic()
+    pulse = Pulse(size, rank, store, traffic, host=socket.gethostname(), log=str(log or "its stderr"))
     if device.type == "cuda":
         local_rank, have = dist.get_node_local_rank(), torch.cuda.device_count()
         if local_rank >= have:
@@ -111,7 +144,13 @@ def join(device: torch.device) -> Ranks:
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    return Ranks(device, dist.get_world_size(), dist.get_rank())
+    return Ranks(device, size, rank, traffic, pulse)
+
+
+def _die_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, even while it is stopped or stuck in a driver."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def lost_peers(error: Exception) -> str | None:

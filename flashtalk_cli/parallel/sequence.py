@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
 
 import torch
 from einops import rearrange
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.parallel.group import ALONE, Group
+from flashtalk_cli.parallel.split import run_length, span
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -111,19 +111,3 @@ class UlyssesRing(Sequence):
         """All `length` real tokens along `dim`, in order, on every rank."""
         runs = self.everyone.all_gather(x)
         return torch.cat(runs.unbind(0), dim).narrow(dim, 0, length)
-
-
-def run_length(length: int, size: int) -> int:
-    """Tokens that each of `size` ranks holds of `length`, padding counted."""
-    return -(-length // size)
-
-
-def span(length: int, size: int, rank: int) -> tuple[int, int]:
-    """First and one past the last real token of a rank's run."""
-    run = run_length(length, size)
-    return min(length, rank * run), min(length, (rank + 1) * run)
-
-
-def ulysses_degree(size: int, heads: int) -> int:
-    """Ranks of an Ulysses group: as many as divide both the ranks and the heads; the ring gets the rest."""
-    return gcd(size, heads)

@@ -1,0 +1,230 @@
+"""Whether the ranks of a run are alive and get on, and which of them does not.
+
+A rank that hangs takes all others with it: they wait for it in an exchange, some libraries
+without end. Nobody can tell from a wait alone whether it is too long, so every rank says
+how it is doing, twice a second, from a thread of its own, into the store that torchrun
+keeps for the run: how many exchanges it began, how many rounds of work it finished. Every
+rank reads what all say and judges by the same rules, on any count of hosts:
+
+    *silent*   no word from a rank for SILENT_S: it is stopped, or its host is gone
+    *stuck*    nobody began an exchange for STUCK_S, or three times the longest gap so far:
+               it is the rank that began the fewest, for the others wait for it
+    *ended*    a rank that failed said so in its last word
+
+The first two hold once a run is warm: a round may compile, load and tune for minutes. So the
+first WARM_ROUNDS rounds are given FIRST_S, and only later ones teach what gaps are usual. While
+any rank rests (the consumer of its frames is slow, a listener is silent) nobody is stuck.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+from flashtalk_cli.parallel.traffic import Traffic
+
+BEAT_S = 0.5
+SILENT_S = 4.5
+STUCK_S = 4.5
+STUCK_GAPS = 3  # so many times the longest gap between exchanges that was seen in a warm round
+FIRST_S = 600.0
+WARM_ROUNDS = 2
+
+
+class Store(Protocol):
+    """What ranks write to and read from; torch's TCPStore is one."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Put a value."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """The values of all keys, waiting for those that are not there yet."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last said of itself."""
+
+    host: str
+    log: str  # where its log lies, on its host
+    count: int = 0  # beats so far
+    begun: int = 0  # exchanges with other ranks
+    rounds: int = 0  # rounds of work finished
+    resting: bool = False
+    last_word: str | None = None  # why it ended; empty: in order
+
+    def who(self, rank: int) -> str:
+        """The rank, for an error."""
+        return f"rank {rank} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a run cannot go on, in one line; `told`: the rank that failed said so itself."""
+
+    text: str
+    told: bool = False
+
+
+@dataclass
+class Judge:
+    """Looks at everybody's beats, time after time, with a clock that is given."""
+
+    size: int
+    _looked_s: float = field(default=float("-inf"), init=False)
+    _moved_s: float = field(default=0.0, init=False)  # when an exchange was last begun
+    _heard_s: list[float] = field(default_factory=list, init=False)
+    _last: Sequence[Beat] = field(default=(), init=False)
+    _longest_gap_s: float = field(default=0.0, init=False)
+
+    def look(self, beats: Sequence[Beat], now_s: float) -> Verdict | None:
+        """The verdict on what all ranks, in order, last said; None while all is well."""
+        for beat in beats:
+            if beat.last_word:
+                return Verdict(beat.last_word, told=True)
+        if now_s - self._looked_s > SILENT_S / 2:  # we were stopped ourselves: what we know of others is old
+            self._moved_s, self._heard_s = now_s, [now_s] * self.size
+        elif self._last:
+            self._compare(beats, now_s)
+        self._looked_s, self._last = now_s, beats
+        return self._silent(now_s) or self._stuck(now_s)
+
+    def _compare(self, beats: Sequence[Beat], now_s: float) -> None:
+        for rank, (before, after) in enumerate(zip(self._last, beats, strict=True)):
+            if after.count != before.count:
+                self._heard_s[rank] = now_s
+        resting = any(beat.resting for beat in beats)
+        if resting or [b.begun for b in beats] != [b.begun for b in self._last]:
+            if not resting and self._rounds > 0:
+                self._longest_gap_s = max(self._longest_gap_s, now_s - self._moved_s)
+            self._moved_s = now_s
+
+    @property
+    def _rounds(self) -> int:
+        return min(beat.rounds for beat in self._last)
+
+    def _silent(self, now_s: float) -> Verdict | None:
+        limit_s = SILENT_S if self._rounds > 0 else FIRST_S
+        for rank, beat in enumerate(self._last):
+            silent_s = now_s - self._heard_s[rank]
+            if silent_s > limit_s and beat.last_word is None:
+                what = f"gave no sign of life for {silent_s:.0f} s: it was stopped, or its host hangs"
+                return Verdict(f"{beat.who(rank)} {what}; its log: {beat.log}")
+        return None
+
+    def _stuck(self, now_s: float) -> Verdict | None:
+        stuck_s = now_s - self._moved_s
+        warm = self._rounds >= WARM_ROUNDS
+        limit_s = max(STUCK_S, STUCK_GAPS * self._longest_gap_s) if warm else FIRST_S
+        if stuck_s <= limit_s or any(beat.last_word is not None for beat in self._last):
+            return None
+        begun = [beat.begun for beat in self._last]
+        if min(begun) == max(begun):
+            hosts = ", ".join(sorted({beat.host for beat in self._last}))
+            return Verdict(
+                f"all {self.size} ranks ({hosts}) have waited {stuck_s:.0f} s for one another in the "
+                f"same exchange: their network hangs; log of rank 0: {self._last[0].log}"
+            )
+        rank = begun.index(min(begun))
+        beat = self._last[rank]
+        return Verdict(
+            f"{beat.who(rank)} hangs: the others have waited {stuck_s:.0f} s for it; its log: {beat.log}"
+        )
+
+
+class Pulse:
+    """This rank's beats, and its view of the others'; without a store it is silent and sees nobody."""
+
+    def __init__(
+        self,
+        size: int = 1,
+        rank: int = 0,
+        store: Store | None = None,
+        traffic: Traffic | None = None,
+        *,
+        host: str = "",
+        log: str = "",
+    ) -> None:
+        self.rank = rank
+        self._store = store
+        self._traffic = traffic or Traffic()
+        self._host, self._log = host, log
+        self._keys = [f"pulse-{other}" for other in range(size)]
+        self._count = self._rounds = 0
+        self._resting = False
+        self._lock = threading.Lock()  # a last word is the last
+        self._ended = threading.Event()
+        self._judged = threading.Event()
+        self._verdict: Verdict | None = None
+        self._say(None)  # before ranks meet for the first time, so that whoever reads finds all
+
+    def start(self, on_verdict: Callable[[Verdict], None]) -> None:
+        """Beat and judge in a thread, which calls `on_verdict` once if the run cannot go on."""
+        if self._store is not None:
+            threading.Thread(target=self._watch, args=(on_verdict,), name="pulse", daemon=True).start()
+
+    def round(self) -> None:
+        """A round of work was finished: after the first all of it has run once."""
+        self._rounds += 1
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, the run waits for somebody outside it, however long."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
+
+    def end(self, word: str = "") -> None:
+        """Say the last word, which tells the others why this rank ended; empty: in order."""
+        with self._lock:
+            if not self._ended.is_set():
+                self._ended.set()
+                self._say(word)
+
+    def verdict(self, wait_s: float) -> Verdict | None:
+        """What was found wrong with the run, after waiting up to that long for it."""
+        if self._store is not None:
+            self._judged.wait(wait_s)
+        return self._verdict
+
+    def _say(self, last_word: str | None) -> None:
+        if self._store is None:
+            return
+        self._count += 1
+        beat = Beat(
+            self._host, self._log, self._count, self._traffic.begun, self._rounds, self._resting, last_word
+        )
+        try:
+            self._store.set(self._keys[self.rank], json.dumps(asdict(beat)))
+        except RuntimeError:  # torchrun, or its host, is gone; whoever watches reads that too
+            return
+
+    def _watch(self, on_verdict: Callable[[Verdict], None]) -> None:
+        judge = Judge(len(self._keys))
+        while not self._ended.wait(BEAT_S):
+            with self._lock:
+                if not self._ended.is_set():
+                    self._say(None)
+            try:
+                verdict = judge.look(self._read(), time.monotonic())
+            except RuntimeError as error:
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                verdict = Verdict(
+                    f"rank {self.rank} on {self._host} lost torchrun's store: {first}", told=True
+                )
+            if verdict is not None and not self._ended.is_set():
+                self._verdict = verdict
+                self._judged.set()
+                on_verdict(verdict)
+                return
+
+    def _read(self) -> list[Beat]:
+        assert self._store is not None
+        return [Beat(**json.loads(value)) for value in self._store.multi_get(self._keys)]

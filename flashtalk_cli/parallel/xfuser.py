@@ -1,0 +1,85 @@
+"""The same interface by xfuser's groups and attention: `compute.engine: xfuser`, of the extra `gpu`.
+
+xfuser swaps heads as `UlyssesRing` does, and passes keys and values round the ring neighbour by
+neighbour, while it computes, merging partial softmaxes. Two things it cannot do, so they are refused
+and never done otherwise in silence: leave padding out (the tokens must divide by the ranks), and merge
+partial softmaxes of cuDNN's attention, which tells it no logarithms of sums (then the ring must be 1).
+
+xfuser keeps its groups in globals of its own, so a process can have one such ring.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from flashtalk_cli.errors import ConfigError, DeviceError
+from flashtalk_cli.parallel.sequence import Attend, UlyssesRing
+
+KERNELS = {"fa3": "FA3", "flash": "FA", "cudnn": "TORCH_CUDNN", "sdpa": "TORCH_FLASH"}  # ours: theirs
+WITHOUT_SUMS = ("cudnn",)
+
+
+@dataclass(frozen=True)
+class XfuserRing(UlyssesRing):
+    """Shards and gathers as its parent does; xfuser attends."""
+
+    run: Callable[[Tensor, Tensor, Tensor], Tensor] = field(kw_only=True)
+
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        """Attention of this rank's queries to the keys of all `length` tokens, by the kernel chosen before.
+
+        Raises ConfigError when the tokens do not divide by the ranks.
+        """
+        held = q.shape[1] * self.everyone.size
+        if held != length:
+            raise ConfigError(
+                f"compute.engine xfuser attends to padding, and {length} tokens do not divide by "
+                f"{self.everyone.size} GPUs: take compute.engine torch, or another --size or --gpus"
+            )
+        with self.everyone.traffic:
+            return self.run(q.contiguous(), k.contiguous(), v.contiguous())
+
+
+def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> XfuserRing:
+    """The ring with xfuser's attention; `attention` is our name of the kernel. Every rank must call this.
+
+    Raises DeviceError when xfuser, or this kernel of it, cannot run here.
+    """
+    if device.type != "cuda":
+        raise DeviceError("compute.engine xfuser needs GPUs, and this run uses the CPU: take torch")
+    if ring.ring.size > 1 and attention in WITHOUT_SUMS:
+        raise DeviceError(
+            f"xfuser cannot pass keys round a ring of {ring.ring.size} with compute.attention {attention}: "
+            "take sdpa, flash or fa3, or compute.engine torch"
+        )
+    try:
+        start = importlib.import_module("xfuser.core.distributed")
+        layer = importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
+        kinds = importlib.import_module("yunchang.kernels").AttnType
+    except (ImportError, OSError) as error:
+        raise DeviceError(
+            f"xfuser does not load ({error}): pip install 'flashtalk[gpu]', or take compute.engine torch"
+        ) from None
+    _start_groups(start, ring, device)
+    attend = layer(use_pack_qkv=True, attn_type=kinds[KERNELS[attention]])
+    return XfuserRing(
+        ring.everyone, ring.ulysses, ring.ring, run=lambda q, k, v: attend(None, query=q, key=k, value=v)
+    )
+
+
+def _start_groups(start: ModuleType, ring: UlyssesRing, device: torch.device) -> None:
+    """Have xfuser make its groups, in the order of ranks that ours have."""
+    start.init_distributed_environment(
+        world_size=ring.everyone.size, rank=ring.everyone.rank, local_rank=device.index
+    )
+    start.initialize_model_parallel(
+        sequence_parallel_degree=ring.everyone.size,
+        ulysses_degree=ring.ulysses.size,
+        ring_degree=ring.ring.size,
+    )
