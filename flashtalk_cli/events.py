@@ -8,6 +8,9 @@ second of work; `realtime` is seconds of video made in a second of work.
     chunk        index, chunks, frames_done, frames_total, fps, realtime, elapsed_s, eta_s
                                           a chunk was written; index counts from 0
     report       data                     what a bench measured, see bench/report.py
+    live         state, media_s, frames, chunks, realtime, latency, ahead_s, unspoken_s, repeated_frames,
+                 jumps, silent_s, dropped_s, muted, source, sinks
+                                          once a second of a live stream: live/status.py says what they are
     warning      message                  worth knowing, and no reason to end
     done         path, frames, duration_s, elapsed_s
                                           the file is complete under its final name (null: stdout)
@@ -45,6 +48,10 @@ KINDS = {
     "progress": {"name", "done", "total", "unit"},
     "chunk": {"index", "chunks", "frames_done", "frames_total", "fps", "realtime", "elapsed_s", "eta_s"},
     "report": {"data"},
+    "live": {
+        *("state", "media_s", "frames", "chunks", "realtime", "latency", "ahead_s", "unspoken_s"),
+        *("repeated_frames", "jumps", "silent_s", "dropped_s", "muted", "source", "sinks"),
+    },
     "warning": {"message"},
     "done": {"path", "frames", "duration_s", "elapsed_s"},
     "interrupted": {"path", "frames"},
