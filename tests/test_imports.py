@@ -35,9 +35,10 @@ ALLOWED = {
     "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media"},
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
     "torchrun": {*BASE, "events"},
+    "live": {*BASE, "events", "parallel", "models", "pipeline", "media"},
     "rendering": {*BASE, "events", "parallel", "models", "pipeline", "media"},
-    "worker": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench", "rendering"},
-    "cli": {*BASE, "log", "events", "presets", "launch", "media", "models", "distill"},
+    "worker": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench", "rendering", "live"},
+    "cli": {*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill"},
     "__main__": {"cli"},
     "__init__": set(),
 }
@@ -51,6 +52,7 @@ LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
+    "live/control.py": {"XDG_RUNTIME_DIR"},
     "worker.py": None,
 }  # None: torchrun's own
 
@@ -86,6 +88,10 @@ def imports(path: Path, *, at_import_only: bool = False) -> tuple[str, ...]:
 def rooms_imported(path: Path) -> set[str]:
     ours = (name.split(".") for name in imports(path) if name.split(".")[0] == "flashtalk_cli")
     return {parts[1] for parts in ours if len(parts) > 1 and not parts[1].startswith("__")}
+
+
+def imports_torch(path: Path) -> bool:
+    return "torch" in {name.split(".")[0] for name in imports(path)}
 
 
 @functools.cache
@@ -134,6 +140,15 @@ def test_media_never_imports_torch(path):
 def test_the_parents_side_loads_without_torch(path):
     for file, packages in reached(path).items():
         assert not packages & HEAVY, f"{name_of(path)} -> {name_of(file)} -> {packages & HEAVY}"
+
+
+def test_of_the_live_room_only_the_stage_and_what_ties_it_in_know_torch():
+    """All else of it is tested, and simulated, without a network."""
+    with_torch = {path.name for path in FILES if room_of(path) == "live" and imports_torch(path)}
+    assert with_torch == {"stage.py"}
+    for path in FILES:
+        if room_of(path) == "live" and path.name not in ("stage.py", "session.py"):
+            assert not {p.name for p in reached(path)} & {"stage.py", "session.py"}, name_of(path)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "cli"], ids=name_of)

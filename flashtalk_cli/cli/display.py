@@ -97,7 +97,7 @@ class PlainLines(Display):
     def show(self, happened: events.Event) -> None:
         """Print the event, unless another of its kind was printed a moment ago."""
         kind = happened["event"]
-        if kind in ("chunk", "progress") and not _is_last(happened):
+        if kind in ("chunk", "progress", "live") and not _is_last(happened):
             if time.monotonic() < self._next_s:
                 return
             self._next_s = time.monotonic() + PLAIN_EVERY_S
@@ -204,6 +204,7 @@ def describe(happened: events.Event) -> str:
         "progress": _progress_line,
         "chunk": _chunk_line,
         "report": lambda e: "",  # the bench shows it as a table
+        "live": _live_line,
         "warning": lambda e: f"warning: {e['message']}",
         "done": _done_line,
         "interrupted": _interrupted_line,
@@ -241,6 +242,14 @@ def _chunk_line(happened: events.Event) -> str:
 def _progress_line(happened: events.Event) -> str:
     total = f" of {happened['total']:,.0f}" if happened.get("total") else ""
     return f"{happened['name']}: {happened['done']:,.0f}{total} {happened.get('unit') or ''}"
+
+
+def _live_line(happened: events.Event) -> str:
+    delay_s = happened["latency"]["total"]["p50_s"]
+    delay = "" if delay_s is None else f", {delay_s:.1f} s after the sound"
+    outputs = ", ".join(f"{sink['shown']} {sink['state']}" for sink in happened["sinks"])
+    repeated = f", {happened['repeated_frames']} frames repeated" if happened["repeated_frames"] else ""
+    return f"{happened['state']}: {clock(happened['media_s'])}{delay}{repeated}; {outputs}"
 
 
 def _done_line(happened: events.Event) -> str:

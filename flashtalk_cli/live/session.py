@@ -1,0 +1,192 @@
+"""One live stream in the worker, from its job to its last frame: all its parts, tied together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashtalk_cli.config import StreamJob
+from flashtalk_cli.errors import UsageError
+from flashtalk_cli.events import Emitter
+from flashtalk_cli.live.clock import Clock
+from flashtalk_cli.live.control import Control
+from flashtalk_cli.live.delivery import Delivery
+from flashtalk_cli.live.inputs import open_source
+from flashtalk_cli.live.loop import Loop, Manners
+from flashtalk_cli.live.pacing import Rules
+from flashtalk_cli.live.stage import ModelPerformer, Stage
+from flashtalk_cli.live.status import status_of
+from flashtalk_cli.live.timeline import RATE_HZ, Timeline
+from flashtalk_cli.live.web import Web
+from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.media.live.targets import Target, parse_target
+
+if TYPE_CHECKING:  # it dispatches to this module
+    from flashtalk_cli.rendering import Worker
+
+log = logging.getLogger(__name__)
+
+STATUS_EVERY_S = 1.0
+BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
+END_S = 2.0  # what the outputs get to end
+
+
+def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -> int:
+    """Stream until the sound ends or `stop` is set; the exit code. All ranks."""
+    stage = Stage(worker)
+    worker.emitter.emit("stage", name="warm", detail="a first chunk, which nobody sees")
+    stage.warm_up()
+    if not worker.ranks.leads:
+        stage.follow()
+        return 0
+    performer = ModelPerformer(worker, stage)
+    try:
+        return lead(worker, job, performer, stop, stdout)
+    finally:
+        performer.end()
+
+
+def rules_of(job: StreamJob) -> Rules:
+    """The rules of pacing that a job's preset gives."""
+    sampling, live = job.preset.sampling, job.preset.live
+    return Rules(
+        fps=sampling.fps,
+        chunk_s=sampling.new_s,
+        lookahead_s=round(job.preset.hearing.lookahead_s * sampling.fps) / sampling.fps,
+        start_buffer_s=live.start_buffer_s,
+        latency_target_s=live.latency_target_s,
+        late=live.late,
+    )
+
+
+def lead(
+    worker: Worker, job: StreamJob, performer: ModelPerformer, stop: threading.Event, stdout: int
+) -> int:
+    """The stream on rank 0, once the model is warm."""
+    emitter, clock, rules = worker.emitter, Clock(), rules_of(job)
+    started_s = time.perf_counter()
+
+    def warn(message: str) -> None:
+        emitter.emit("warning", message=message)
+
+    targets = tuple(parse_target(kind, text) for kind, text in job.targets)  # type: ignore[arg-type]
+    timeline = Timeline(
+        past_s=job.preset.hearing.context_s - rules.lookahead_s,
+        backlog_s=job.preset.live.backlog_s,
+        fps=rules.fps,
+    )
+    with ExitStack() as stack:
+        encoder = stack.enter_context(_encoder(worker, job, targets, warn, stdout))
+        source = open_source(job, timeline, clock, warn)
+        manners = Manners(source.paced, source.may_wait_s, job.keep_alive)
+        delivery = Delivery(rules, _sink(encoder, stop), clock, RATE_HZ)
+        loop = Loop(rules, manners, timeline, performer, delivery, stop, clock)
+
+        def status() -> dict[str, Any]:
+            return status_of(loop, source.state, encoder.statistics())
+
+        handler = Commands(loop, performer, status)
+        source.on_interrupt = loop.interrupt
+        stack.enter_context(Control(job.control, handler))
+        hls = next((target.path for target in targets if target.kind == "hls"), None)
+        for address in filter(None, (job.metrics, job.preview)):
+            stack.enter_context(Web(address, status, hls if address == job.preview else None))
+        stack.enter_context(_reported(emitter, status))
+        emitter.emit("stage", name="live", detail=", ".join(target.shown for target in targets))
+        stack.callback(source.close)
+        source.start()
+        delivery.start()
+        loop.run()
+        if not encoder.end(END_S):
+            warn(f"not every output was done within {END_S:.0f} s; what was not sent is lost")
+    emitter.emit(
+        "done",
+        path=next((target.path for target in targets if target.kind == "file"), None),
+        frames=delivery.sent_frames,
+        duration_s=delivery.sent_frames / rules.fps,
+        elapsed_s=time.perf_counter() - started_s,
+    )
+    return 0
+
+
+class Commands:
+    """What a control socket's requests do to a stream."""
+
+    def __init__(self, loop: Loop, performer: ModelPerformer, status: Any) -> None:
+        self._loop = loop
+        self._performer = performer
+        self._status = status
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request asks; its answer. Raises `UsageError` for one that makes no sense."""
+        match request:
+            case {"command": "status"}:
+                return dict(self._status())
+            case {"command": "interrupt"}:
+                return {"dropped_s": self._loop.interrupt()}
+            case {"command": "mute" | "unmute" as word}:
+                self._loop.mute(word == "mute")
+            case {"command": "prompt", "text": str(text)}:
+                self._performer.change(prompt=text)
+            case {"command": "picture", "path": str(path)}:
+                self._performer.change(picture=Path(path))
+            case {"command": "stop"}:
+                self._loop.stop.set()
+            case _:
+                raise UsageError(
+                    "commands are status, interrupt, mute, unmute, prompt with a text, picture with a path, stop"
+                )
+        return {}
+
+
+def _encoder(
+    worker: Worker, job: StreamJob, targets: tuple[Target, ...], warn: Any, stdout: int
+) -> LiveEncoder:
+    canvas = job.preset.canvas
+    return LiveEncoder(
+        targets,
+        width_px=canvas.width_px,
+        height_px=canvas.height_px,
+        fps=job.preset.sampling.fps,
+        encoding=job.preset.encoding,
+        comment=worker.comment(),
+        on_warning=warn,
+        overwrite=job.overwrite,
+        stdout=stdout,
+    )
+
+
+def _sink(encoder: LiveEncoder, stop: threading.Event) -> Any:
+    """Writes to the encoder; when that is stuck, only as long as the stream is to go on."""
+
+    def write(frames: np.ndarray, samples: np.ndarray) -> None:
+        while not encoder.write(frames, samples, limit_s=BLOCKED_S):
+            if stop.is_set():
+                return
+
+    return write
+
+
+@contextmanager
+def _reported(emitter: Emitter, status: Any) -> Iterator[None]:
+    """Send the status once a second."""
+    over = threading.Event()
+
+    def report() -> None:
+        while not over.wait(STATUS_EVERY_S):
+            emitter.emit("live", **status())
+
+    reporter = threading.Thread(target=report, name="status", daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        over.set()
+        reporter.join()

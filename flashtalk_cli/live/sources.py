@@ -1,0 +1,246 @@
+"""Where the sound comes from: a file, a device or an address through ffmpeg, or raw samples on stdin.
+
+Each source has a thread that reads and adds to the timeline. One that can wait (a file, a pipe) waits for
+room; one that cannot (a microphone, a broadcast) adds what comes, and the oldest goes when it is too much.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ffmpeg
+import numpy as np
+
+from flashtalk_cli.config import PcmFormat, SoundSource
+from flashtalk_cli.errors import FlashtalkError, InputError
+from flashtalk_cli.live.clock import Clock
+from flashtalk_cli.live.reading import LongReading
+from flashtalk_cli.live.timeline import RATE_HZ, Timeline
+from flashtalk_cli.media.ffmpeg import cause
+
+log = logging.getLogger(__name__)
+
+BLOCK_S = 0.02  # what is read at once: sound must not wait for more of itself
+ROOM_S = 0.2  # what a source that can wait hands over at once, and how often it looks for room
+FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
+STALLED_S = 15.0  # a connection without a byte for so long is taken for dead
+
+# The protocols that ffmpeg may use for an address, and no others: a playlist from outside reads no file here.
+PROTOCOLS = {
+    "rtmp": "rtmp,tcp",
+    "rtmps": "rtmps,tls,tcp",
+    "srt": "srt",
+    "udp": "udp",
+    "rtp": "rtp,udp",
+    "rtsp": "rtsp,rtp,udp,tcp",
+    "tcp": "tcp",
+    "http": "http,https,tcp,tls,crypto",
+    "https": "https,http,tcp,tls,crypto",
+}
+WAITING_SCHEMES = ("http", "https", "tcp")  # whose senders wait when we do not read
+MICROPHONES = {"linux": ("pulse", "alsa"), "darwin": ("avfoundation",), "win32": ("dshow",)}
+NUMPY_TYPES = {"s16le": "<i2", "s16be": ">i2", "s32le": "<i4", "f32le": "<f4", "u8": "u1"}
+
+
+class Source:
+    """A thread that adds sound to a timeline until the sound ends or `close` is called."""
+
+    paced = False  # whether the sound comes at its own pace and cannot be made to wait
+    may_wait_s = 2.0  # how long it may take to begin before the person idles on air
+    knows_future = False  # whether what follows is there to be heard ahead
+
+    def __init__(self, timeline: Timeline, clock: Clock, on_warning: Callable[[str], None]) -> None:
+        self.timeline = timeline
+        self.clock = clock
+        self.warn = on_warning
+        self.closed = threading.Event()
+        self.state = "starting"
+        self.on_interrupt: Callable[[], float] = lambda: 0.0  # for a source that can ask for silence
+        self._thread = threading.Thread(target=self._live, name="source", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.closed.set()
+
+    def read(self) -> None:
+        """Add all sound, and return at its end. Raises `FlashtalkError` when the source cannot be used."""
+        raise NotImplementedError
+
+    def add(self, samples: np.ndarray) -> None:
+        """Hand over float32 [n] at the timeline's rate, waiting for room if this source can wait."""
+        self.state = "live"
+        block = round(ROOM_S * self.timeline.rate_hz)
+        for start in range(0, len(samples), block):
+            piece = samples[start : start + block]
+            while not self.paced and not self.timeline.has_room(len(piece)) and not self.closed.is_set():
+                with self.timeline.changed:
+                    self.timeline.changed.wait(ROOM_S)
+            self.timeline.add(piece, self.clock.now_s())
+
+    def _live(self) -> None:
+        try:
+            self.read()
+        except FlashtalkError as error:
+            self.warn(f"the sound ended: {error}")
+        except Exception as error:
+            log.debug("a source failed", exc_info=True)
+            self.warn(f"the sound ended: {type(error).__name__}: {error}")
+        self.state = "ended"
+        self.timeline.end()
+
+
+class FfmpegSource(Source):
+    """Whatever ffmpeg reads. An address that fails is tried again, later each time; a file is not."""
+
+    def __init__(self, source: SoundSource, keep_alive: bool, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._source = source
+        self._keep_alive = keep_alive
+        scheme = urlsplit(source.where).scheme if source.kind == "url" else ""
+        self.paced = source.kind == "microphone" or (source.kind == "url" and scheme not in WAITING_SCHEMES)
+        self.knows_future = source.kind == "file"
+        self.may_wait_s = 0.0 if self.paced else 5.0
+        self._reading: LongReading | None = None
+
+    def read(self) -> None:
+        """Read, and read again, until the sound has ended for good."""
+        pause_s = FIRST_RETRY_S
+        while not self.closed.is_set():
+            n_before = self.timeline.arrived_samples
+            status, lines = self._read_once()
+            if self.closed.is_set():
+                return
+            got_some = self.timeline.arrived_samples > n_before
+            why = cause(status, lines) if status else "it ended"
+            if not self._comes_again(status):
+                if not got_some:
+                    raise InputError(f"{self._source.where or 'the microphone'}: no sound ({why})")
+                return
+            if got_some or self.state != "waiting":
+                self.warn(f"the sound stopped ({why}); trying to get it back")
+                pause_s = FIRST_RETRY_S
+            self.state = "waiting"
+            self.closed.wait(pause_s * random.uniform(0.7, 1.3))
+            pause_s = min(2 * pause_s, LAST_RETRY_S)
+
+    def close(self) -> None:
+        """Stop reading, and end ffmpeg."""
+        super().close()
+        if self._reading is not None:
+            self._reading.end()
+
+    def _comes_again(self, status: int) -> bool:
+        if self._source.kind == "file":
+            return False
+        return status != 0 or (self._keep_alive and self.paced)
+
+    def _read_once(self) -> tuple[int, list[str]]:
+        block_bytes = 4 * round(BLOCK_S * RATE_HZ)
+        output = {"format": "f32le", "c:a": "pcm_f32le", "ar": RATE_HZ, "ac": 1, "map": "0:a:0"}
+        rest = b""
+        with LongReading(ffmpeg_input(self._source).output("-", flush_packets=1, **output)) as reading:
+            self._reading = reading
+            while not self.closed.is_set() and (data := reading.read(block_bytes)):
+                data = rest + data
+                whole = len(data) // 4 * 4
+                rest = data[whole:]
+                self.add(np.nan_to_num(np.frombuffer(data[:whole], "<f4"), posinf=0, neginf=0))
+            self._reading = None
+            return (0, []) if self.closed.is_set() else reading.outcome()
+
+
+class StdinSource(Source):
+    """Raw samples on a file descriptor, until it ends."""
+
+    def __init__(self, descriptor: int, pcm: PcmFormat, *rest: Any) -> None:
+        super().__init__(*rest)
+        self._descriptor = descriptor
+        self._pcm = pcm
+
+    def read(self) -> None:
+        """Read to the end."""
+        decoder = Decoder(self._pcm)
+        block_bytes = round(BLOCK_S * self._pcm.rate_hz) * decoder.frame_bytes
+        while not self.closed.is_set() and (data := os.read(self._descriptor, block_bytes)):
+            self.add(decoder.decode(data))
+        if not self.closed.is_set():
+            self.add(decoder.finish())
+
+
+class Decoder:
+    """Raw samples, cut anywhere, to mono float32 at the timeline's rate."""
+
+    def __init__(self, pcm: PcmFormat, rate_hz: int = RATE_HZ) -> None:
+        import soxr
+
+        self._type = np.dtype(NUMPY_TYPES[pcm.encoding])
+        self._channels = pcm.channels
+        self.frame_bytes = self._type.itemsize * pcm.channels
+        self._rest = b""
+        self._resampler = (
+            None if pcm.rate_hz == rate_hz else soxr.ResampleStream(pcm.rate_hz, rate_hz, 1, dtype="float32")
+        )
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """float32 [n] at full scale 1; what is no finite number counts as silence."""
+        data = self._rest + data
+        whole = len(data) // self.frame_bytes * self.frame_bytes
+        self._rest = data[whole:]
+        raw = np.frombuffer(data[:whole], self._type).reshape(-1, self._channels)
+        mono = raw.astype(np.float32).mean(axis=1)
+        if self._type.kind == "u":
+            mono = (mono - 128) / 128
+        elif self._type.kind == "i":
+            mono = mono / np.float32(-float(np.iinfo(self._type).min))
+        else:
+            mono = np.clip(np.nan_to_num(mono, posinf=0, neginf=0), -8, 8)
+        return mono if self._resampler is None else self._resampler.resample_chunk(mono)
+
+    def finish(self) -> np.ndarray:
+        """What the resampler still holds."""
+        if self._resampler is None:
+            return np.zeros(0, np.float32)
+        return np.asarray(self._resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+
+
+def ffmpeg_input(source: SoundSource) -> Any:
+    """The ffmpeg-python input of a source: nothing but its own protocol is open to it."""
+    if source.kind == "file":
+        loop = {"stream_loop": -1} if source.loop else {}
+        return ffmpeg.input(f"file:{source.where}", protocol_whitelist="file,pipe", vn=None, **loop)
+    if source.kind == "microphone":
+        return _microphone(source.where)
+    scheme = urlsplit(source.where).scheme
+    stalled = {"rw_timeout": round(STALLED_S * 1e6)} if "tcp" in PROTOCOLS[scheme].split(",") else {}
+    return ffmpeg.input(
+        source.where, protocol_whitelist=PROTOCOLS[scheme], fflags="nobuffer", vn=None, **stalled
+    )
+
+
+def _microphone(device: str) -> Any:
+    system = next((name for name in MICROPHONES if sys.platform.startswith(name)), "linux")
+    driver = MICROPHONES[system][0]
+    if system == "linux" and not _pulse_runs():
+        driver = "alsa"
+    default = {"avfoundation": ":0", "dshow": "audio=Microphone"}.get(driver, "default")
+    named = f"audio={device}" if driver == "dshow" and device else device
+    return ffmpeg.input(named or default, format=driver)
+
+
+def _pulse_runs() -> bool:
+    with suppress(OSError):
+        return any(Path(f"/run/user/{os.getuid()}/pulse").iterdir())
+    return False
