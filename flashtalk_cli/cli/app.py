@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli import bench, demo, doctor, models, presets, render, train
+from flashtalk_cli.cli import bench, ctl, demo, doctor, models, presets, render, stream, train
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, UsageError
 
 EPILOG = (
@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("render", epilog=render.EXAMPLES)(render.render)
+app.command("stream", epilog=stream.EXAMPLES)(stream.stream)
+app.command("ctl")(ctl.ctl)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
 app.add_typer(presets.app, name="presets")
