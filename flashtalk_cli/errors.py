@@ -7,8 +7,9 @@
     |- ModelError                5   a model folder: missing, incomplete, wrong tensors
     |- OutputError               6   nowhere to write, the disk is full, ffmpeg failed
     |- DeviceError               7   no such device, out of memory, a kernel is missing
-    `- WorkerError               8   a worker died or hung
-       `- PeerLost               8   a worker lost another, whose own error is the one to show
+    |- WorkerError               8   a worker died or hung
+    |  `- PeerLost               8   a worker lost another, whose own error is the one to show
+    `- ClipsError                9   some clips of a manifest failed; all others are done
     (Ctrl-C or SIGTERM)        130   ended on request; what was rendered is kept
 
 A message is one line: what is wrong, with the numbers, and the mend. `assert` is for
@@ -68,6 +69,12 @@ class WorkerError(FlashtalkError):
 
 class PeerLost(WorkerError):
     """A worker lost another one: an effect, whose cause is that one's error."""
+
+
+class ClipsError(FlashtalkError):
+    """Some clips of a manifest failed; all others are done."""
+
+    exit_code = 9
 
 
 INTERRUPTED_EXIT_CODE = 130

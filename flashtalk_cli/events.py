@@ -11,6 +11,9 @@ second of work; `realtime` is seconds of video made in a second of work.
     live         state, media_s, frames, chunks, realtime, latency, ahead_s, unspoken_s, repeated_frames,
                  jumps, silent_s, dropped_s, muted, source, sinks
                                           once a second of a live stream: live/status.py says what they are
+    clip         line, output, state, type, message, frames, duration_s, elapsed_s, replica, tries
+                                          a clip of a manifest ended: state is done, skipped (it was done
+                                          before), failed (type and message say why) or interrupted
     warning      message                  worth knowing, and no reason to end
     done         path, frames, duration_s, elapsed_s
                                           the file is complete under its final name (null: stdout)
@@ -18,7 +21,8 @@ second of work; `realtime` is seconds of video made in a second of work.
     error        type, message, exit_code, traceback
                                           ended by that error class of errors.py; its one line
 
-A run ends with exactly one of done, interrupted, error. Numbers that are not finite are null.
+A run ends with exactly one of done, interrupted, error. Of a manifest, whatever a replica says has its
+number in `replica`, and the manifest's line in `line` while it renders one. Numbers that are not finite are null.
 The lines cross from the worker to the parent over a Unix socket; of several ranks only the first sends
 anything but an error.
 """
@@ -51,6 +55,10 @@ KINDS = {
     "live": {
         *("state", "media_s", "frames", "chunks", "realtime", "latency", "ahead_s", "unspoken_s"),
         *("repeated_frames", "jumps", "silent_s", "dropped_s", "muted", "source", "sinks"),
+    },
+    "clip": {
+        *("line", "output", "state", "type", "message"),
+        *("frames", "duration_s", "elapsed_s", "replica", "tries"),
     },
     "warning": {"message"},
     "done": {"path", "frames", "duration_s", "elapsed_s"},

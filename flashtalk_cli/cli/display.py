@@ -206,6 +206,7 @@ def describe(happened: events.Event) -> str:
         "report": lambda e: "",  # the bench shows it as a table
         "live": _live_line,
         "warning": lambda e: f"warning: {e['message']}",
+        "clip": clip_line,
         "done": _done_line,
         "interrupted": _interrupted_line,
         "error": lambda e: "",
@@ -253,13 +254,27 @@ def _live_line(happened: events.Event) -> str:
 
 
 def _done_line(happened: events.Event) -> str:
+    where = happened.get("path") or "standard output"
+    if happened.get("frames") is None:  # no video: something that was trained or measured
+        return f"done: {where}, {clock(happened.get('elapsed_s') or 0.0)}"
+    return f"done: {where}, {_made(happened)}"
+
+
+def _made(happened: events.Event) -> str:
+    """How much video, and how fast."""
     duration_s, elapsed_s = happened.get("duration_s") or 0.0, happened.get("elapsed_s") or 0.0
     speed = f", {duration_s / elapsed_s:.2f} times real time" if elapsed_s else ""
-    where = happened.get("path") or "standard output"
-    frames = happened.get("frames")
-    if frames is None:  # no video: something that was trained or measured
-        return f"done: {where}, {clock(elapsed_s)}"
-    return f"done: {where}, {frames} frames, {duration_s:.2f} s of video in {elapsed_s:.1f} s{speed}"
+    return f"{happened['frames']} frames, {duration_s:.2f} s of video in {elapsed_s:.1f} s{speed}"
+
+
+def clip_line(happened: events.Event) -> str:
+    """What became of a clip of a manifest."""
+    where = f"line {happened['line']}: {happened.get('output') or '?'}"
+    if happened["state"] == "failed":
+        return f"{where}: {happened['type']}: {happened['message']}"
+    if happened["state"] != "done":
+        return f"{where}: {happened['state']}"
+    return f"{where}: {_made(happened)}"
 
 
 def _interrupted_line(happened: events.Event) -> str:

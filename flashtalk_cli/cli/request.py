@@ -75,12 +75,9 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
 
     `folder` is where the prepared sound goes; it must live as long as the job.
     """
-    preset = preset_of(request.preset, request.sets, request.options, request.size)
-    output = _output(request, preset)
-    width_px, height_px = picture_size(request.picture)
-    load_picture(request.picture, preset.canvas)  # decodes every pixel: a file that is cut short shows here
-    if request.size == "auto":
-        preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(width_px, height_px)})
+    seen = look(request)
+    width_px, height_px = seen.picture_px
+    preset = seen.preset
     display.stage("picture", f"{request.picture} {width_px}x{height_px}, {_canvas(preset.canvas)}")
     display.stage("sound", str(request.speech))
     with _growth_shown(folder, display):
@@ -93,9 +90,29 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
         picture=request.picture.absolute(),
         audio=request.speech.absolute(),
         speech=speech,
-        output=output,
+        output=seen.output,
         overwrite=request.overwrite,
     )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at a request found."""
+
+    preset: Preset
+    output: Path | None
+    picture_px: tuple[int, int]
+
+
+def look(request: Request) -> Seen:
+    """Look at all that is cheap to know: preset, output, picture."""
+    preset = preset_of(request.preset, request.sets, request.options, request.size)
+    output = _output(request, preset)
+    size = picture_size(request.picture)
+    load_picture(request.picture, preset.canvas)  # decodes every pixel: a file that is cut short shows here
+    if request.size == "auto":
+        preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(*size)})
+    return Seen(preset, output, size)
 
 
 @contextmanager

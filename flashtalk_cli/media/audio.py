@@ -68,6 +68,14 @@ def prepare_speech(path: Path, work_dir: Path) -> Speech:
     return Speech(samples_path=samples_path, n_samples=n_samples, loudness_lufs=meter.integrated_lufs())
 
 
+def check_speech(path: Path) -> None:
+    """Raise the InputError that `prepare_speech` would, as far as the beginning of the sound tells. Cheap."""
+    check_file(path, WANTED)
+    with _open_sound(path) as sound:
+        if next(iter(sound.blocks), None) is None:
+            raise InputError(f"{shown(path)}: holds no samples (0.0 s); give {WANTED}")
+
+
 def read_samples(speech: Speech, start: int, stop: int) -> np.ndarray:
     """Samples [start, stop) of the prepared sound: float32 [stop - start], zeros outside the sound."""
     samples = np.zeros(max(0, stop - start), np.float32)
