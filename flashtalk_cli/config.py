@@ -263,4 +263,4 @@ class StreamJob(PictureJob):
     preview: str | None = None  # HOST:PORT
 
 
-Job = Annotated[RenderJob | BenchJob | StreamJob, Field(discriminator="kind")]
+Job = Annotated[RenderJob | BenchJob | ServeJob | StreamJob, Field(discriminator="kind")]

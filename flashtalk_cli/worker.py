@@ -26,7 +26,7 @@ from torch import Tensor
 from flashtalk_cli import events, log
 from flashtalk_cli.bench.report import of_rank, report
 from flashtalk_cli.bench.timers import ExchangeTimer, Timer
-from flashtalk_cli.config import BenchJob, Job, RenderJob, StreamJob
+from flashtalk_cli.config import BenchJob, Job, RenderJob, ServeJob, StreamJob
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.live.session import stream
@@ -37,6 +37,7 @@ from flashtalk_cli.parallel.spatial import Tiles
 from flashtalk_cli.pipeline.delivery import Delivery
 from flashtalk_cli.pipeline.session import State, begin, prepare, step, to_bytes
 from flashtalk_cli.rendering import Worker, render
+from flashtalk_cli.serving import serve
 
 ORPHAN_S = 8.0  # what a rank without a parent gets to close its file
 LAST_S = 1.5  # what rank 0 gets to close its file when the run cannot go on
@@ -110,22 +111,33 @@ def main(argv: Sequence[str]) -> int:
         watch_parent(lambda: end_alone(stop), emitter)
         ranks.pulse.start(lambda verdict: give_up(verdict, ranks, emitter))
         job = cast("Job", ranks.from_leader(job if ranks.leads else None))  # other hosts' may differ
-        worker = Worker(job, ranks, emitter if ranks.leads else Emitter(None))
-        if isinstance(job, RenderJob):
-            code = render(worker, job, stop, stdout)
-        elif isinstance(job, StreamJob):
-            code = stream(worker, job, stop, stdout)
-        else:
-            assert isinstance(job, BenchJob)
-            code = bench(worker, job, stop)
+        code = do(job, ranks, emitter if ranks.leads else Emitter(None), stop, stdout)
         ranks.leave()
         return code
     except torch.OutOfMemoryError as error:
         return _fail(emitter, out_of_memory(error), ranks, rank_log)
     except Exception as error:
+        if ranks.size > 1 and (lost := lost_peers(error)) is not None:
+            stop.wait(VERDICT_S)  # torchrun ends us if it knows why, else `give_up` does
+            effect = PeerLost(lost)
+            effect.__cause__ = error
+            return _fail(emitter, effect, ranks, rank_log)
         return _fail(emitter, error, ranks, rank_log)
     finally:
         emitter.close()
+
+
+def do(job: Job, ranks: Ranks, emitter: Emitter, stop: threading.Event, stdout: int) -> int:
+    """Do a job of any kind; the exit code."""
+    if isinstance(job, ServeJob):
+        return serve(job, ranks, emitter, stop)
+    worker = Worker(job, ranks, emitter)
+    if isinstance(job, RenderJob):
+        return render(worker, job, stop, stdout)
+    if isinstance(job, StreamJob):
+        return stream(worker, job, stop, stdout)
+    assert isinstance(job, BenchJob)
+    return bench(worker, job, stop)
 
 
 def _own_log(argv: Sequence[str]) -> tuple[Path | None, TextIO | None]:
@@ -157,9 +169,6 @@ def give_up(verdict: Verdict, ranks: Ranks, emitter: Emitter) -> None:
 
 def _fail(emitter: Emitter, error: Exception, ranks: Ranks, rank_log: Path | None) -> int:
     """Say why this rank ends: to the parent, to the other ranks, and in its log; the exit code."""
-    if (lost := lost_peers(error)) is not None:
-        ranks.pulse.verdict(VERDICT_S)  # by then `give_up` knows more than that somebody is gone
-        error = PeerLost(lost)
     happened = events.error(error)
     code: int = happened["exit_code"]
     if ranks.size == 1:

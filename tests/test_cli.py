@@ -565,8 +565,23 @@ def test_an_interrupted_run_says_what_is_kept():
 
 
 def test_every_event_can_be_described():
-    assert set(events.KINDS) - {"error"} == {e["event"] for e in RUN} | {"interrupted"}
+    assert set(events.KINDS) - {"error"} == {e["event"] for e in RUN} | {"interrupted", "clip", "live"}
     assert display.describe(events.error(ValueError("x"))) == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (
+            {"state": "done", "frames": 25, "duration_s": 1.0, "elapsed_s": 2.0},
+            "line 3: a.mp4: 25 frames, 1.00 s of video in 2.0 s, 0.50 times real time",
+        ),
+        ({"state": "failed", "type": "InputError", "message": "no"}, "line 3: a.mp4: InputError: no"),
+        ({"state": "skipped"}, "line 3: a.mp4: skipped"),
+    ],
+)
+def test_what_became_of_a_clip(fields, text):
+    assert display.describe(events.event("clip", line=3, output="a.mp4", **fields)) == text
 
 
 def test_request_knows_standard_output():

@@ -36,9 +36,14 @@ ALLOWED = {
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
     "torchrun": {*BASE, "events"},
     "live": {*BASE, "events", "parallel", "models", "pipeline", "media"},
+    "batch": {*BASE, "events", "launch", "media"},
+    "serving": {*BASE, "events", "parallel", "models", "pipeline", "rendering"},
     "rendering": {*BASE, "events", "parallel", "models", "pipeline", "media"},
-    "worker": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench", "rendering", "live"},
-    "cli": {*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill"},
+    "worker": {
+        *(*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench"),
+        *("rendering", "serving", "live"),
+    },
+    "cli": {*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"},
     "__main__": {"cli"},
     "__init__": set(),
 }

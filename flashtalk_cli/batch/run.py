@@ -1,0 +1,156 @@
+"""Draw clips from a backlog on several replicas at once, until all have come to an end, and record each.
+
+Every replica has a thread. A replica that dies is started anew, its clip goes back once to be taken by
+whoever is free; one that cannot be started, or dies again and again, is given up, and the run with the last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from flashtalk_cli import events
+from flashtalk_cli.batch.backlog import Backlog
+from flashtalk_cli.batch.clip import Clip
+from flashtalk_cli.batch.replica import Replica
+from flashtalk_cli.errors import FlashtalkError, OutputError, WorkerError
+from flashtalk_cli.events import Event
+
+DEATHS = 3  # in a row without a clip between them: something is wrong with the place, not with a clip
+
+
+class Record:
+    """What became of each clip: shown, and written as a line of JSON to a file. Usable from several threads."""
+
+    def __init__(self, path: Path, show: Callable[[Event], None]) -> None:
+        self.path = path
+        self.clips: list[Event] = []
+        self._show = show
+        self._lock = threading.Lock()
+        try:
+            self._file: TextIO = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(
+                f"{path}: the results cannot be written ({error.strerror}); move the manifest to a folder of yours"
+            ) from None
+
+    def add(self, happened: Event) -> None:
+        """A clip's end."""
+        with self._lock:
+            self.clips.append(happened)
+            self._file.write(events.to_line(happened) + "\n")
+            self._file.flush()
+            self._show(happened)
+
+    def show(self, happened: Event) -> None:
+        """Anything else."""
+        with self._lock:
+            self._show(happened)
+
+    def of(self, *states: str) -> list[Event]:
+        """The clips that ended so, in the manifest's order."""
+        return sorted((c for c in self.clips if c["state"] in states), key=lambda c: c["line"])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def clip_event(clip: Clip, state: str, problem: FlashtalkError | None = None, **fields: Any) -> Event:
+    """A `clip` event."""
+    if problem is not None:
+        fields = {"type": type(problem).__name__, "message": str(problem), **fields}
+    return events.event("clip", line=clip.line, output=clip.output, state=state, **fields)
+
+
+class Crew:
+    """Replicas at work on a backlog, until `requests` to end are there (a list that may grow meanwhile)."""
+
+    def __init__(
+        self, replicas: Sequence[Replica], clips: Sequence[Clip], record: Record, requests: Sequence[int]
+    ) -> None:
+        self._replicas = replicas
+        self._backlog = Backlog(clips)
+        self._record = record
+        self._requests = requests
+        self._hands = len(replicas)
+        self._lock = threading.Lock()
+        self._failure: BaseException | None = None
+
+    def run(self) -> list[Clip]:
+        """Work until every clip has come to an end; those that no replica took, because of a request to end.
+
+        Raises the last replica's error when none is left to work.
+        """
+        threads = [
+            threading.Thread(target=self._work, args=(number, replica), daemon=True)
+            for number, replica in enumerate(self._replicas)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.1)
+                if self._requests:
+                    self._backlog.close()
+        if self._failure is not None:
+            raise self._failure
+        return self._backlog.close()
+
+    def _work(self, number: int, replica: Replica) -> None:
+        """A replica's thread."""
+        deaths = 0
+        try:
+            while (clip := self._backlog.take()) is not None:
+                try:
+                    if not replica.alive:
+                        replica.start()
+                except FlashtalkError as error:
+                    self._backlog.put_back(clip, untried=True)
+                    return self._give_up(number, error)
+                deaths = 0 if self._render(number, replica, clip) else deaths + 1
+                if deaths == DEATHS:
+                    return self._give_up(number, WorkerError(f"it died {DEATHS} times in a row"))
+        except BaseException as error:  # a fault of ours: the run ends with it, when the others are done
+            self._failure = error
+            self._backlog.close()
+        finally:
+            replica.close()
+
+    def _render(self, number: int, replica: Replica, clip: Clip) -> bool:
+        """Render a clip, and record or put back what came of it; False when the replica died."""
+        known: dict[str, Any] = {"replica": number, "tries": self._backlog.tries(clip)}
+        try:
+            ended = {**clip_event(clip, "done", **known), **replica.render(clip), "line": clip.line}
+        except WorkerError as error:
+            if self._requests:
+                ended = clip_event(clip, "interrupted", **known)
+            elif self._backlog.put_back(clip):
+                again = f"line {clip.line} goes back to the queue, replica {number} is lost: {error}"
+                self._record.show({**events.event("warning", message=again), "replica": number})
+                return False
+            else:
+                ended = clip_event(clip, "failed", error, **known)
+            alive = False
+        except FlashtalkError as error:
+            ended, alive = clip_event(clip, "failed", error, **known), True
+        else:
+            alive = True
+        self._record.add(ended)
+        self._backlog.finish()
+        return alive
+
+    def _give_up(self, number: int, error: FlashtalkError) -> None:
+        """Go on without a replica; without the last, end."""
+        if self._requests:
+            return
+        with self._lock:
+            self._hands -= 1
+            if self._hands:
+                text = f"replica {number} is given up, {self._hands} go on: {error}"
+                self._record.show({**events.event("warning", message=text), "replica": number})
+            else:
+                self._failure = error
+                self._backlog.close()
