@@ -162,6 +162,7 @@ class Worker:
 
 def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -> int:
     """Render the job's video; the exit code."""
+    worker.ranks.pulse.anew()
     picture, text, image = worker.inputs()
     models = worker.load_models()
     hear = worker.hearing()

@@ -1,26 +1,74 @@
-"""A worker whose rank 1 fails while rank 0 waits for it; the preset's name says how (for tests/test_parallel.py)."""
+"""A worker whose rank 1 fails in its third chunk, for tests/test_faults.py; the preset's name says how."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from flashtalk_cli import worker
-from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import ModelError
+from flashtalk_cli.parallel.sequence import UlyssesRing
+from flashtalk_cli.rendering import Worker
+
+FAILS_IN_ROUND = 2
+UNHARMED = "asked"
 
 
-def failing(here: worker.Worker, job: RenderJob, stop: threading.Event, stdout: int) -> int:
-    if here.ranks.rank == 1:
-        if job.preset.name == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+def fail(how: str) -> None:
+    """Do what the preset's name says, in the middle of self-attention, while the others wait for this rank."""
+    if how == "raises":
         raise ModelError("rank 1 has its reason")
-    here.ranks.wait()
-    return 0
+    if how == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "sleeps":
+        time.sleep(3600)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def inputs(here: Worker) -> tuple[Tensor, Tensor, Tensor]:
+    """Picture, prompt and picture tokens that need no encoder: nothing else would take as long to load."""
+    canvas = here.preset.canvas
+    picture = torch.linspace(-1, 1, canvas.width_px).expand(3, canvas.height_px, -1)
+    sizes = here.folder.config()
+    return picture, torch.zeros(3, sizes["text_dim"]), torch.zeros(1, 5, sizes["image_dim"])
+
+
+def hearing(here: Worker) -> Callable[[int], Tensor]:
+    """Silence, chunk after chunk."""
+    sizes = here.folder.config()
+
+    def windows(index: int) -> Tensor:
+        if index:
+            here.ranks.pulse.round()
+        return torch.zeros(1, here.preset.sampling.chunk_frames, 5, sizes["audio_layers"], sizes["audio_dim"])
+
+    return windows
+
+
+def loading(here: Worker) -> object:
+    """Load the models, after saying the process ids of all ranks; rank 1's attention fails once it is warm."""
+    pids = here.ranks.to_leader(os.getpid())
+    here.emitter.emit("stage", name="ranks", detail=" ".join(map(str, [*pids, os.getppid()])))
+    attend, how = UlyssesRing.attend, here.preset.name
+
+    def attending(self: UlyssesRing, *arguments: object) -> Tensor:
+        if here.ranks.rank == 1 and here.ranks.pulse.rounds == FAILS_IN_ROUND and how != UNHARMED:
+            fail(how)
+        return attend(self, *arguments)
+
+    UlyssesRing.attend = attending
+    return load_models(here)
 
 
 if __name__ == "__main__":
-    worker.render = failing
+    load_models, Worker.load_models = Worker.load_models, loading
+    Worker.inputs, Worker.hearing = inputs, hearing
     sys.exit(worker.main(sys.argv[1:]))

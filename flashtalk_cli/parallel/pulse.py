@@ -12,8 +12,8 @@ rank reads what all say and judges by the same rules, on any count of hosts:
     *ended*    a rank that failed said so in its last word
 
 The first two hold once a run is warm: a round may compile, load and tune for minutes. So the
-first WARM_ROUNDS rounds are given FIRST_S, and only later ones teach what gaps are usual. While
-any rank rests (the consumer of its frames is slow, a listener is silent) nobody is stuck.
+first WARM_ROUNDS rounds of each kind of work are given FIRST_S, and only later ones teach what gaps are
+usual. While any rank rests (the consumer of its frames is slow, a listener is silent) nobody is stuck.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Beat:
     log: str  # where its log lies, on its host
     count: int = 0  # beats so far
     begun: int = 0  # exchanges with other ranks
-    rounds: int = 0  # rounds of work finished
+    rounds: int = 0  # rounds of one kind of work finished
     resting: bool = False
     last_word: str | None = None  # why it ended; empty: in order
 
@@ -81,6 +81,7 @@ class Judge:
     _heard_s: list[float] = field(default_factory=list, init=False)
     _last: Sequence[Beat] = field(default=(), init=False)
     _longest_gap_s: float = field(default=0.0, init=False)
+    _loaded: bool = field(default=False, init=False)  # a round was finished once, so libraries are loaded
 
     def look(self, beats: Sequence[Beat], now_s: float) -> Verdict | None:
         """The verdict on what all ranks, in order, last said; None while all is well."""
@@ -92,6 +93,7 @@ class Judge:
         elif self._last:
             self._compare(beats, now_s)
         self._looked_s, self._last = now_s, beats
+        self._loaded = self._loaded or self._rounds > 0
         return self._silent(now_s) or self._stuck(now_s)
 
     def _compare(self, beats: Sequence[Beat], now_s: float) -> None:
@@ -109,7 +111,7 @@ class Judge:
         return min(beat.rounds for beat in self._last)
 
     def _silent(self, now_s: float) -> Verdict | None:
-        limit_s = SILENT_S if self._rounds > 0 else FIRST_S
+        limit_s = SILENT_S if self._loaded else FIRST_S
         for rank, beat in enumerate(self._last):
             silent_s = now_s - self._heard_s[rank]
             if silent_s > limit_s and beat.last_word is None:
@@ -155,12 +157,10 @@ class Pulse:
         self._traffic = traffic or Traffic()
         self._host, self._log = host, log
         self._keys = [f"pulse-{other}" for other in range(size)]
-        self._count = self._rounds = 0
+        self._count = self.rounds = 0
         self._resting = False
         self._lock = threading.Lock()  # a last word is the last
         self._ended = threading.Event()
-        self._judged = threading.Event()
-        self._verdict: Verdict | None = None
         self._say(None)  # before ranks meet for the first time, so that whoever reads finds all
 
     def start(self, on_verdict: Callable[[Verdict], None]) -> None:
@@ -169,8 +169,12 @@ class Pulse:
             threading.Thread(target=self._watch, args=(on_verdict,), name="pulse", daemon=True).start()
 
     def round(self) -> None:
-        """A round of work was finished: after the first all of it has run once."""
-        self._rounds += 1
+        """A round of work was finished, and the next one is like it."""
+        self.rounds += 1
+
+    def anew(self) -> None:
+        """Another kind of work begins, whose first rounds may compile and load as those of the first."""
+        self.rounds = 0
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -188,18 +192,12 @@ class Pulse:
                 self._ended.set()
                 self._say(word)
 
-    def verdict(self, wait_s: float) -> Verdict | None:
-        """What was found wrong with the run, after waiting up to that long for it."""
-        if self._store is not None:
-            self._judged.wait(wait_s)
-        return self._verdict
-
     def _say(self, last_word: str | None) -> None:
         if self._store is None:
             return
         self._count += 1
         beat = Beat(
-            self._host, self._log, self._count, self._traffic.begun, self._rounds, self._resting, last_word
+            self._host, self._log, self._count, self._traffic.begun, self.rounds, self._resting, last_word
         )
         try:
             self._store.set(self._keys[self.rank], json.dumps(asdict(beat)))
@@ -220,8 +218,6 @@ class Pulse:
                     f"rank {self.rank} on {self._host} lost torchrun's store: {first}", told=True
                 )
             if verdict is not None and not self._ended.is_set():
-                self._verdict = verdict
-                self._judged.set()
                 on_verdict(verdict)
                 return
 

@@ -1,0 +1,172 @@
+"""Two ranks of which one fails in mid-chunk, and what ends them from outside (fault tests, on gloo).
+
+Held for each: the run is over within 10 s, with one line that names rank, host, cause and log; no process
+is left; what was rendered before plays. All runs are started side by side, each once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from fault_parent import SIZES
+
+from flashtalk_cli.media.probe import probe
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+LIMIT_S = 10.0  # from the fault to the end of the run
+AT_ONCE = 3
+ROUND_FRAMES = 8
+HOST = socket.gethostname()
+
+# What rank 1 does, or what happens to the run from outside; torchrun and its parent are
+# killed while rank 1 is stopped, which is the hardest case: it cannot see that they are gone.
+INSIDE = ("raises", "memory", "killed", "sleeps", "stopped")
+OUTSIDE = {"parent": "parent", "torchrun": "torchrun", "asked": "parent"}  # fault: who gets the signal
+
+
+@dataclass
+class Ended:
+    """A run that is over."""
+
+    lines: list[dict[str, Any]]
+    took_s: float  # from the fault, at the earliest, to the end of its last process
+    left: list[int]  # processes that outlived it
+    part: Path
+
+    @property
+    def error(self) -> tuple[str, str]:
+        """Class and text of the error."""
+        return self.lines[-1]["error"], self.lines[-1]["text"]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def readers_of(path: Path) -> list[int]:
+    """Processes whose command line names a file: the encoder's, which is no child of the parent."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(path).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def run(folder: Path, how: str) -> Ended:
+    """Run it, do to it from outside what `how` says once two chunks are written, and wait for its end."""
+    search = f"{ROOT}{os.pathsep}{TESTS}"
+    parent = subprocess.Popen(
+        [sys.executable, str(TESTS / "fault_parent.py"), str(folder), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    )
+    assert parent.stdout
+    lines: list[dict[str, Any]] = []
+    pids: list[int] = []
+    fault_s = float("inf")
+    for line in parent.stdout:
+        lines.append(json.loads(line))
+        if lines[-1].get("name") == "ranks":
+            pids = [int(pid) for pid in lines[-1]["detail"].split()]
+        if lines[-1].get("event") == "chunk" and lines[-1]["index"] == 1:
+            fault_s = time.monotonic()
+            if how in OUTSIDE:
+                time.sleep(0.5)  # rank 1 stops itself before
+                number = signal.SIGTERM if how == "asked" else signal.SIGKILL
+                os.kill(parent.pid if OUTSIDE[how] == "parent" else pids[-1], number)
+    parent.wait()
+    output = folder / f"{how}.mp4"
+    pids += readers_of(output)
+    while any(map(alive, pids)) and time.monotonic() < fault_s + 2 * LIMIT_S:
+        time.sleep(0.05)
+    return Ended(
+        lines,
+        time.monotonic() - fault_s,
+        [pid for pid in pids if alive(pid)],
+        output.with_name(f"{how}.mp4.part"),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
+    """Every fault's run, a few at a time."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(SIZES))
+    soundfile.write(folder / "s.wav", 0.2 * np.sin(np.arange(160_000) / 30), 16_000)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {how: pool.submit(run, folder, how) for how in (*INSIDE, *OUTSIDE)}
+
+
+@pytest.mark.parametrize("how", [*INSIDE, *OUTSIDE])
+def test_nothing_is_left_of_a_run_that_failed_but_what_plays(
+    how: str, runs: dict[str, Future[Ended]]
+) -> None:
+    """Within ten seconds, whoever failed and whoever was killed."""
+    ended = runs[how].result()
+    assert ended.took_s < LIMIT_S, ended.lines[-3:]
+    assert not ended.left
+    video = probe(ended.part).video
+    assert video
+    assert video.n_frames >= ROUND_FRAMES
+    assert not [line for line in ended.lines if "Traceback" in line.get("log", "")]
+
+
+SAID = {
+    "raises": ("ModelError", "rank 1 on HOST: rank 1 has its reason; its log: LOG"),
+    "memory": ("DeviceError", "rank 1 on HOST: out of memory: CUDA out of memory.*--offload.*; its log: LOG"),
+    "killed": ("WorkerError", r"rank 1 on HOST, process \d+, died of SIGKILL: most likely .*; its log: LOG"),
+    "sleeps": ("WorkerError", r"rank 1 on HOST hangs: the others have waited \d s for it; its log: LOG"),
+    "stopped": ("WorkerError", r"rank 1 on HOST gave no sign of life for \d s: .*; its log: LOG"),
+}
+
+
+@pytest.mark.parametrize("how", INSIDE)
+def test_one_line_names_rank_host_cause_and_log(how: str, runs: dict[str, Future[Ended]]) -> None:
+    """The rank that failed, not the one that missed it; and its log is there."""
+    kind, text = runs[how].result().error
+    expected, pattern = SAID[how]
+    assert kind == expected
+    named = pattern.replace("HOST", re.escape(HOST)).replace("LOG", r"(\S+/rank-1\.log)")
+    found = re.fullmatch(named, text)
+    assert found, text
+    log = Path(found[1])
+    assert log.exists()
+    if how == "sleeps":
+        assert "in fail" in log.read_text()  # where it hangs
+
+
+def test_whoever_asks_for_the_end_gets_it_in_order(runs: dict[str, Future[Ended]]) -> None:
+    """SIGTERM ends all ranks after the same piece: exit code 130, and no error."""
+    assert runs["asked"].result().lines[-1]["code"] == 130
+
+
+def test_the_death_of_torchrun_is_told(runs: dict[str, Future[Ended]]) -> None:
+    """Its ranks die with it, the stopped one too."""
+    kind, text = runs["torchrun"].result().error
+    assert kind == "WorkerError"
+    assert "SIGKILL" in text
