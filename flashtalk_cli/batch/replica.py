@@ -13,7 +13,7 @@ from flashtalk_cli import launch
 from flashtalk_cli.batch.clip import Clip, Setup
 from flashtalk_cli.config import ServeJob
 from flashtalk_cli.errors import WorkerError
-from flashtalk_cli.events import Event
+from flashtalk_cli.events import LAST, Event
 
 READY = "ready"  # the stage in which a worker waits for clips, see serving.py
 
@@ -55,6 +55,7 @@ class LocalReplica:
         self._words: queue.Queue[Event | Exception] = queue.Queue()  # of this life: its end is the last
         self._thread: threading.Thread | None = None
         self._orders = -1
+        self._line: int | None = None  # of the manifest, what is being rendered
 
     @property
     def alive(self) -> bool:
@@ -72,6 +73,7 @@ class LocalReplica:
 
     def render(self, clip: Clip) -> Event:
         """See `Replica`."""
+        self._line = clip.line
         with clip.job() as job:
             line = job.model_dump_json().encode() + b"\n"
             with suppress(BrokenPipeError):  # it has just died; its last word says of what
@@ -102,7 +104,9 @@ class LocalReplica:
                 return
             if happened["event"] == "stage" and happened["name"] == READY:
                 words.put(happened)
-            self._on_event(happened)
+            if happened["event"] not in LAST:
+                where = {} if self._line is None else {"line": self._line}
+                self._on_event({**happened, "replica": self._share.index, **where})
 
         try:
             launch.run(

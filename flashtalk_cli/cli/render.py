@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flashtalk_cli.cli.hosts import Nnodes, NodeRank, RdzvEndpoint, hosts_of
+
 EXAMPLES = """[bold]Examples[/bold]
 
 flashtalk render portrait.png hello.wav
@@ -16,9 +18,13 @@ flashtalk render portrait.jpg talk.mp3 -o talk.mp4 --size auto --seed 7
 flashtalk render portrait.png talk.wav --preset soulx-14b --steps 2
 
 flashtalk render portrait.png talk.wav -o - | mpv -
+
+flashtalk render --manifest clips.jsonl --replicas 4
 """
 
 RESULT, PERSON, SPEED, REPORT = "Result", "Picture and motion", "Model and machine", "Reports"
+MANY = "Many clips"
+MAX_REPLICAS = 1024
 
 
 def output_option(default: str) -> Any:
@@ -95,11 +101,11 @@ def number_or_word(text: str | None) -> int | str | None:
 
 def render(
     picture: Annotated[
-        Path, typer.Argument(metavar="PICTURE", help="Portrait: PNG, JPEG, WebP, BMP or GIF.")
-    ],
+        Path | None, typer.Argument(metavar="PICTURE", help="Portrait: PNG, JPEG, WebP, BMP or GIF.")
+    ] = None,
     speech: Annotated[
-        Path, typer.Argument(metavar="SPEECH", help="Sound, or a video's: whatever ffmpeg reads.")
-    ],
+        Path | None, typer.Argument(metavar="SPEECH", help="Sound, or a video's: whatever ffmpeg reads.")
+    ] = None,
     output: Annotated[str | None, output_option("SPEECH-PICTURE.mp4 here")] = None,
     overwrite: Overwrite = False,
     codec: Annotated[
@@ -144,6 +150,28 @@ def render(
         _option("--weights", SPEED, "released|random", "random: noise for a video, to time a machine."),
     ] = None,
     sets: Sets = None,
+    nnodes: Nnodes = None,
+    node_rank: NodeRank = None,
+    rdzv_endpoint: RdzvEndpoint = None,
+    manifest: Annotated[
+        Path | None,
+        _option(
+            "--manifest",
+            MANY,
+            "FILE",
+            "Clips to render in place of PICTURE and SPEECH: lines of JSON with picture, speech, output "
+            "and options such as seed, size, prompt. What is done is not done again.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        _option(
+            "--replicas", MANY, "R", "Clips at once; each has --gpus GPUs and its own copy of the model."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, _option("--ray", MANY, "ADDRESS|auto", "Have a Ray cluster render the manifest.")
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -165,5 +193,39 @@ def render(
         "--weights": ("model.weights", weights),
     }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
-    request = Request(picture, speech, output, preset, sets or (), given, size, overwrite)
-    return fulfil(request, json=json, debug=debug)
+    _check_inputs(picture, speech, output, manifest, replicas, ray)
+    here = Path()  # a manifest says itself which
+    hosts = hosts_of(nnodes, node_rank, rdzv_endpoint)
+    request = Request(
+        picture or here, speech or here, output, preset, sets or (), given, size, overwrite, hosts
+    )
+    if manifest is None:
+        return fulfil(request, json=json, debug=debug)
+    from flashtalk_cli.cli.batch import render_all
+
+    return render_all(manifest, request, replicas=replicas or 1, ray=ray, json=json, debug=debug)
+
+
+def _check_inputs(
+    picture: Path | None,
+    speech: Path | None,
+    output: str | None,
+    manifest: Path | None,
+    replicas: int | None,
+    ray: str | None,
+) -> None:
+    """Either a picture and a speech, or a manifest and what only a manifest takes."""
+    from flashtalk_cli.errors import UsageError
+
+    if manifest is None:
+        for name, value in (("PICTURE", picture), ("SPEECH", speech)):
+            if value is None:
+                raise UsageError(f"missing argument '{name}'; see flashtalk render --help")
+        for option, given in (("--replicas", replicas), ("--ray", ray)):
+            if given is not None:
+                raise UsageError(f"{option} is for the clips of a --manifest; see flashtalk render --help")
+    elif picture is not None or output is not None:
+        what = "-o" if picture is None else "PICTURE and SPEECH"
+        raise UsageError(f"a --manifest names its own files: leave out {what}")
+    if replicas is not None and not 1 <= replicas <= MAX_REPLICAS:
+        raise UsageError(f"--replicas is {replicas}; accepted: 1 to {MAX_REPLICAS}")

@@ -1,0 +1,103 @@
+"""`flashtalk render --manifest`: clips of a manifest on replicas, from the options to the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from flashtalk_cli import launch, log
+from flashtalk_cli.batch.clip import Clip, Setup
+from flashtalk_cli.batch.replica import LocalReplica, Replica
+from flashtalk_cli.batch.run import Crew, Record
+from flashtalk_cli.cli.batch_display import choose, show_summary
+from flashtalk_cli.cli.display import Display, one_line
+from flashtalk_cli.cli.machine import probe
+from flashtalk_cli.cli.manifest import plan
+from flashtalk_cli.cli.request import Request, preset_of
+from flashtalk_cli.config import Compute
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, ClipsError, DeviceError
+from flashtalk_cli.events import event
+from flashtalk_cli.models.folder import resolve
+
+
+def render_all(
+    manifest: Path, common: Request, *, replicas: int, ray: str | None, json: bool, debug: bool
+) -> int:
+    """Render a manifest; the exit code. Raises ClipsError when some clips failed and the others are done."""
+    log.setup(debug=debug)
+    with choose(json=json) as display:
+        preset_of(common.preset, common.sets, common.options, common.size)  # wrong for all is wrong at once
+        planned = plan(manifest, common, lambda done, of: display.progress("look", done, of, "clips"))
+        with closing(Record(results_path(manifest), display.show)) as record:
+            for ended in planned.ended:
+                record.add(ended)
+            left: list[Clip] = []
+            if planned.clips:
+                left = _work(planned.clips, record, display, replicas, ray, debug)
+            return _end(manifest, record, left, json=json)
+
+
+def results_path(manifest: Path) -> Path:
+    """Where it is recorded what became of each clip: beside the manifest."""
+    return manifest.with_suffix(".results.jsonl")
+
+
+def _work(
+    clips: list[Clip], record: Record, display: Display, replicas: int, ray: str | None, debug: bool
+) -> list[Clip]:
+    """Render clips; those that were not begun because the run was asked to end."""
+    first = clips[0].preset
+    resolve(first.model.name, first.model.speech_encoder, random=first.model.weights == "random")
+    n_replicas = min(replicas, len(clips))
+    crew: Sequence[Replica]
+    with launch.stop_requests() as requests:
+        if ray is not None:
+            from flashtalk_cli.batch.cluster import cluster
+
+            processes = 1 if first.compute.gpus == "all" else first.compute.gpus
+            with cluster(ray, Setup.of(clips, processes, debug), n_replicas, requests) as crew:
+                return Crew(crew, clips, record, requests).run()
+        setup = Setup.of(clips, processes_each(first.compute, n_replicas), debug)
+        crew = [
+            LocalReplica(setup, launch.Share(number, n_replicas), requests, record.show, display.log)
+            for number in range(n_replicas)
+        ]
+        return Crew(crew, clips, record, requests).run()
+
+
+def processes_each(compute: Compute, replicas: int) -> int:
+    """Processes of a replica, a GPU each where there are GPUs.
+
+    Raises DeviceError when this machine has fewer GPUs than that takes.
+    """
+    n_gpus = 0 if compute.device == "cpu" else len(probe().get("gpus", []))
+    if not n_gpus:
+        return 1 if compute.gpus == "all" else compute.gpus
+    each = n_gpus // replicas if compute.gpus == "all" else compute.gpus
+    if not 0 < each * replicas <= n_gpus:
+        raise DeviceError(
+            f"{replicas} replicas of {max(1, each)} GPUs need {max(1, each) * replicas} GPUs, "
+            f"this machine has {n_gpus}; lower --replicas or --gpus"
+        )
+    return each
+
+
+def _end(manifest: Path, record: Record, left: list[Clip], *, json: bool) -> int:
+    """Show what became of the clips; the exit code."""
+    if not json:
+        show_summary(record, len(left))
+    if left or record.of("interrupted"):
+        record.show(event("interrupted", path=record.path))
+        return INTERRUPTED_EXIT_CODE
+    failed = record.of("failed")
+    if failed:
+        first = failed[0]
+        text = f"line {first['line']}: {first['type']}: {one_line(first['message'])}"
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise ClipsError(
+            f"{len(failed)} of {len(record.clips)} clips failed: {text}{more}; see {record.path}"
+        )
+    elapsed_s = sum(clip.get("elapsed_s") or 0.0 for clip in record.clips)
+    record.show(event("done", path=record.path, elapsed_s=elapsed_s))
+    return 0

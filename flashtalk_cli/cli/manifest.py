@@ -1,0 +1,173 @@
+"""A manifest of clips: one JSON object a line, looked at line by line before anything slow begins.
+
+    {"picture": "anna.png", "speech": "hello.wav", "output": "anna.mp4", "seed": 7, "size": "auto"}
+
+Paths are relative to the manifest. All other keys are options of `flashtalk render` and win over those of
+the command line; none of them needs other networks. A line that is wrong costs its own clip alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flashtalk_cli.batch.clip import Clip
+from flashtalk_cli.cli.request import Request, look
+from flashtalk_cli.errors import FlashtalkError, InputError
+from flashtalk_cli.events import Event, event
+from flashtalk_cli.media.audio import check_speech
+
+PATHS = ("picture", "speech", "output")
+OPTIONS = {  # key of a line: dotted key of the preset
+    "seed": "sampling.seed",
+    "prompt": "sampling.prompt",
+    "steps": "sampling.steps",
+    "fit": "canvas.fit",
+    "background": "canvas.background",
+    "codec": "encoding.codec",
+    "crf": "encoding.crf",
+}
+KEYS = (*PATHS, "size", *OPTIONS)
+LOOKERS = 4  # threads; decoding pictures and starting ffmpeg leave Python's lock alone
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is well formed."""
+
+    number: int
+    request: Request
+
+    @property
+    def output(self) -> Path:
+        """The video that it asks for."""
+        assert self.request.output is not None
+        return Path(self.request.output)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, and what has come to its end already: lines that failed, clips that exist."""
+
+    clips: list[Clip]
+    ended: list[Event]
+
+
+def plan(manifest: Path, common: Request, progress: Callable[[int, int], None]) -> Plan:
+    """Read a manifest and look at all its clips; `common` has the options of all, `progress` hears of each.
+
+    Raises InputError when the manifest cannot be read, is empty, or has two lines with one output.
+    """
+    lines, ended = read(manifest, common)
+    _check_outputs_differ(manifest, lines)
+    inputs = {
+        os.path.realpath(path): line.number
+        for line in lines
+        for path in (line.request.picture, line.request.speech)
+    }
+    todo = [line for line in lines if common.overwrite or not line.output.is_file()]
+    ended += [
+        event("clip", line=line.number, output=line.output, state="skipped")
+        for line in lines
+        if line not in todo
+    ]
+    clips = []
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for done, found in enumerate(pool.map(lambda line: _looked_at(line, inputs), todo), start=1):
+            clips.append(found) if isinstance(found, Clip) else ended.append(found)
+            progress(done, len(todo))
+    return Plan(clips, sorted(ended, key=lambda happened: happened["line"]))
+
+
+def read(manifest: Path, common: Request) -> tuple[list[Line], list[Event]]:
+    """Its lines, and the failure of each line that cannot be understood; empty lines are passed over."""
+    try:
+        text = manifest.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(
+            f"{manifest}: cannot be read ({error.strerror}); give a file of JSON lines"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{manifest}: is not UTF-8 at byte {error.start}; save it as such") from None
+    folder = manifest.absolute().parent
+    lines: list[Line] = []
+    failed: list[Event] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                lines.append(Line(number, _request(line, folder, common)))
+            except FlashtalkError as error:
+                failed.append(event("clip", line=number, state="failed", **_named(error)))
+    if not lines and not failed:
+        raise InputError(
+            f"{manifest}: has no clips; a line looks like {json.dumps(dict.fromkeys(PATHS, '…'))}"
+        )
+    return lines, failed
+
+
+def _request(line: str, folder: Path, common: Request) -> Request:
+    """A line as the request that it stands for."""
+    try:
+        given = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"not JSON ({error}); one object a line") from None
+    if not isinstance(given, dict):
+        raise InputError(f"not an object but {line.strip()[:40]}; give at least {', '.join(PATHS)}")
+    if unknown := [key for key in given if key not in KEYS]:
+        raise InputError(f"unknown key {unknown[0]!r}; keys are {', '.join(KEYS)}")
+    for key in (*PATHS, "size"):
+        value = given.get(key, "" if key in PATHS else common.size or "auto")
+        if not isinstance(value, str) or not value or "\0" in value:
+            raise InputError(f"{key} is {given.get(key, 'missing')!r}; give a text")
+    own: dict[str, tuple[str, Any]] = {
+        key: (path, given[key]) for key, path in OPTIONS.items() if given.get(key) is not None
+    }
+    return replace(
+        common,
+        picture=folder / given["picture"],
+        speech=folder / given["speech"],
+        output=str(folder / given["output"]),
+        options={**common.options, **own},
+        size=given.get("size", common.size),
+    )
+
+
+def _check_outputs_differ(manifest: Path, lines: Sequence[Line]) -> None:
+    first: dict[str, int] = {}
+    for line in lines:
+        place = os.path.realpath(line.output)
+        if place in first:
+            raise InputError(
+                f"{manifest}: lines {first[place]} and {line.number} have the same output, {line.output}; "
+                "give each its own"
+            )
+        first[place] = line.number
+
+
+def _looked_at(line: Line, inputs: dict[str, int]) -> Clip | Event:
+    """The clip of a line after a look at all that is cheap to know of it, or why it failed."""
+    request = line.request
+    try:
+        if user := inputs.get(os.path.realpath(line.output)):
+            raise InputError(f"{line.output}: is an input of line {user}; give another output")
+        seen = look(request)
+        check_speech(request.speech)
+    except FlashtalkError as error:
+        return event("clip", line=line.number, output=line.output, state="failed", **_named(error))
+    return Clip(
+        line=line.number,
+        preset=seen.preset,
+        picture=request.picture,
+        speech=request.speech,
+        output=line.output,
+        overwrite=request.overwrite,
+    )
+
+
+def _named(error: FlashtalkError) -> dict[str, str]:
+    return {"type": type(error).__name__, "message": str(error)}
