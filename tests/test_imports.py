@@ -43,7 +43,10 @@ ALLOWED = {
         *(*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench"),
         *("rendering", "serving", "live"),
     },
-    "cli": {*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"},
+    "cli": {
+        *(*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"),
+        "parallel",
+    },
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -44,6 +44,7 @@ def bench(
     """Time chunks on this machine: hearing, denoising, decoding, and what the next chunk needs."""
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
+    from flashtalk_cli.cli.hosts import check_split
     from flashtalk_cli.cli.machine import processes_of
     from flashtalk_cli.config import BenchJob, Preset
     from flashtalk_cli.events import Event
@@ -70,6 +71,7 @@ def bench(
         picture = next((_ASSETS / "portraits").glob("*.png"))
         job = BenchJob(preset=chosen, picture=picture, speech=speech, chunks=chunks)
         processes = processes_of(chosen.compute)
+        check_split(chosen, processes)
         code = launch.run(job, on_event, debug=debug, on_log=display.log, processes=processes)
     for data in reports:
         if output:

@@ -13,12 +13,13 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flashtalk_cli import launch, log
 from flashtalk_cli.cli.display import Display, choose
+from flashtalk_cli.cli.hosts import check_split
 from flashtalk_cli.cli.machine import processes_of
 from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
 from flashtalk_cli.errors import ConfigError, OutputError
@@ -44,6 +45,7 @@ class Request:
     options: dict[str, tuple[str, Any]]  # option: (dotted key of the preset, value)
     size: str | None
     overwrite: bool
+    hosts: launch.Hosts = field(default_factory=launch.Hosts)
 
     @property
     def to_stdout(self) -> bool:
@@ -59,6 +61,10 @@ def fulfil(request: Request, *, json: bool, debug: bool) -> int:
         tempfile.TemporaryDirectory(prefix="flashtalk-") as folder,
     ):
         job = check(request, Path(folder), display)
+        hosts, processes = request.hosts, processes_of(job.preset.compute)
+        check_split(job.preset, processes * hosts.count)
+        if hosts.index:
+            display.stage("host", f"{hosts.index}, and host 0 of {hosts.count} writes the video and reports")
         display.stage("start", "loading torch")
         return launch.run(
             job,
@@ -66,7 +72,8 @@ def fulfil(request: Request, *, json: bool, debug: bool) -> int:
             debug=debug,
             stdout=request.to_stdout,
             on_log=display.log,
-            processes=processes_of(job.preset.compute),
+            processes=processes,
+            hosts=hosts,
         )
 
 
@@ -172,6 +179,8 @@ def _output(request: Request, preset: Preset) -> Path | None:
                     raise OutputError(
                         f"{output}: is an input too and would be lost; choose another name with -o"
                     )
+    if request.hosts.index:
+        return output  # host 0 looks at it, and writes it
     check_output(output, preset.encoding, preset.canvas.width_px, preset.canvas.height_px, request.overwrite)
     if output is not None:
         _try_folder(output)
