@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from flashtalk_cli.config import Preset
+    from flashtalk_cli.launch import Hosts
+    from flashtalk_cli.parallel.split import Split
 
 PANEL = "Several hosts, the same command on each"
 
@@ -25,7 +30,7 @@ RdzvEndpoint = Annotated[
 ]
 
 
-def hosts_of(nnodes: int | None, node_rank: int | None, endpoint: str | None) -> Any:
+def hosts_of(nnodes: int | None, node_rank: int | None, endpoint: str | None) -> Hosts:
     """The `launch.Hosts` that the three options say. Raises UsageError when they contradict each other."""
     from flashtalk_cli.errors import UsageError
     from flashtalk_cli.launch import Hosts
@@ -49,17 +54,23 @@ def _given(value: object) -> str:
     return "it is missing" if value is None else f"given: {value}"
 
 
-def check_split(preset: Any, ranks: int) -> None:
+def check_split(preset: Preset, ranks: int) -> None:
     """Whether so many GPUs can share a preset's video.
 
     Raises ConfigError when not, ModelError when the model's config.json does not tell how many heads it has.
     """
-    from flashtalk_cli.config import VAE_STRIDE_PX
     from flashtalk_cli.models.folder import resolve
-    from flashtalk_cli.parallel.split import split
 
     random = preset.model.weights == "random"
-    heads = resolve(preset.model.name, preset.model.speech_encoder, random=random).heads(random=random)
+    folder = resolve(preset.model.name, preset.model.speech_encoder, random=random)
+    split_of(preset, ranks, folder.heads(random=random))
+
+
+def split_of(preset: Preset, ranks: int, heads: int) -> Split:
+    """How so many GPUs share a preset's video. Raises ConfigError when they cannot."""
+    from flashtalk_cli.config import VAE_STRIDE_PX
+    from flashtalk_cli.parallel.split import split
+
     canvas = preset.canvas
     latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
-    split(ranks, heads, *latents, preset.compute.ulysses)
+    return split(ranks, heads, *latents, preset.compute.ulysses)

@@ -12,14 +12,15 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from flashtalk_cli import __version__, presets
+from flashtalk_cli.cli.hosts import split_of
 from flashtalk_cli.config import Compute, Preset
 from flashtalk_cli.errors import FlashtalkError
 from flashtalk_cli.media.codecs import opens
 from flashtalk_cli.media.ffmpeg import encoders, find_ffmpeg, version
-from flashtalk_cli.models.folder import home, list_models
+from flashtalk_cli.models.folder import RELEASED_HEADS, home, list_models
 
 PROBE_S = 120.0  # a cold torch with a GPU driver loads slowly
 LOW_DISK_BYTES = 2e9
@@ -54,7 +55,7 @@ class Finding:
 
 def examine(seen: dict[str, Any]) -> list[Finding]:
     """All findings, given what `probe` saw."""
-    return [*_program(), *_ffmpeg(), *_torch(seen), *_disk(), *_models(), *_presets(seen)]
+    return [*_program(), *_ffmpeg(), *_torch(seen), *_disk(), *_models(), *_presets(seen), *_sharing(seen)]
 
 
 def probe() -> dict[str, Any]:
@@ -161,6 +162,22 @@ def _presets(seen: dict[str, Any]) -> list[Finding]:
     for name in presets.names():
         text, fits = _fit(presets.load(name), seen)
         findings.append(Finding("preset", "good" if fits else "note", f"{name}: {text}"))
+    return findings
+
+
+def _sharing(seen: dict[str, Any]) -> list[Finding]:
+    """What --gpus gives, for every preset made for GPUs and every count that doubles, and for all."""
+    count = len(seen.get("gpus", ()))
+    counts = sorted({n for n in (2, 4, 8, 16, count) if 2 <= n <= count})
+    made = [presets.load(name) for name in presets.names()] if counts else []
+    findings = []
+    for preset in made:
+        for n in counts if preset.compute.device == "cuda" else ():
+            try:
+                text, state = str(split_of(preset, n, RELEASED_HEADS)), "good"
+            except FlashtalkError as error:
+                text, state = str(error), "note"
+            findings.append(Finding("sharing", cast("State", state), f"{preset.name} --gpus {n}: {text}"))
     return findings
 
 

@@ -140,7 +140,7 @@ class Split:
 
     def __str__(self) -> str:
         rows, columns = len(self.grid.heights), len(self.grid.widths)
-        return f"heads over {self.ulysses}, tokens over {self.ring}, picture in {rows} x {columns} tiles"
+        return f"heads over {self.ulysses}, a ring of {self.ring}, picture in {rows} x {columns} tiles"
 
 
 def split(size: int, heads: int, height: int, width: int, ulysses: int | None = None) -> Split:
