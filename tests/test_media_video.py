@@ -18,7 +18,7 @@ import soundfile
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import InputError, OutputError
-from flashtalk_cli.media import codecs, video_file
+from flashtalk_cli.media import codecs, part_file, video_file
 from flashtalk_cli.media.audio import prepare_speech
 from flashtalk_cli.media.ffmpeg import Reading, file_input, find_ffmpeg, run
 from flashtalk_cli.media.part_file import PartFile, part_path
@@ -339,8 +339,9 @@ def test_a_name_taken_meanwhile_is_left_alone(
     assert os.listdir(tmp_path) == [output.name]
 
 
-def test_two_runs_do_not_share_a_part(tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: a second run to the same name is refused while the first lives, and leaves its file alone."""
+    monkeypatch.setattr(part_file, "LOCK_S", 0.1)
     output = tmp_path / "a.mp4"
     with opened(output, 5) as video:
         with pytest.raises(OutputError, match="another run"):
@@ -349,6 +350,21 @@ def test_two_runs_do_not_share_a_part(tmp_path: Path) -> None:
         video.finish()
     assert probe(output).streams[0].n_frames == 5
     PartFile(tmp_path / "b.mp4", overwrite=False).discard()
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_part_is_waited_for_a_moment(tmp_path: Path, published: bool) -> None:
+    """Fault: what a killed run's encoder still writes is taken over when it lets go; what it published is not."""
+    first = PartFile(tmp_path / "a.mp4", overwrite=True)
+    timer = threading.Timer(0.3, first.discard if published else first.release)
+    timer.start()
+    if published:
+        with pytest.raises(OutputError, match="another run"):
+            PartFile(tmp_path / "a.mp4", overwrite=True)
+    else:
+        PartFile(tmp_path / "a.mp4", overwrite=True).discard()
+    timer.join()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import stat
+import time
 from pathlib import Path
 
 from flashtalk_cli.errors import OutputError
@@ -14,6 +15,7 @@ from flashtalk_cli.media.files import is_text, shown
 
 log = logging.getLogger(__name__)
 
+LOCK_S = 5.0  # for whoever holds the part file to let it go
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -64,7 +66,7 @@ class PartFile:
                 f"{shown(self.path)}: cannot be written ({error.strerror}); choose another folder or name"
             ) from None
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.descriptor)
         except BlockingIOError:
             os.close(self.descriptor)
             raise OutputError(
@@ -115,6 +117,25 @@ class PartFile:
         if self.held:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock; the encoder of a run that was just killed holds it until it has written its last.
+
+    Raises BlockingIOError when somebody keeps it, or has published and removed the file meanwhile.
+    """
+    give_up = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.05)
+        else:
+            if os.fstat(descriptor).st_nlink == 0:
+                raise BlockingIOError
+            return
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
