@@ -17,7 +17,7 @@ from flashtalk_cli.live.pacing import Outlook, Rules, silence_before_s, skip_s, 
 from flashtalk_cli.live.timeline import Taken, Timeline
 
 LOOK_UP_S = 0.2  # how often a waiting loop sees whether it was asked to stop
-REMEMBERED_CHUNKS = 8  # the slowest of them is what the next chunk is expected to take
+REMEMBERED_CHUNKS = 8  # the next one is expected to take as long as the slowest of them, one exception aside
 DRAIN_S = 1.5  # of queued video that is still sent after a request to stop
 FIRST_GUESS = 0.5  # of a chunk's length: what its first frame is expected to take before any was seen
 
@@ -125,7 +125,7 @@ class Loop:
             unspoken_s=self.timeline.unspoken_s,
             ended=self.timeline.ended,
             ahead_s=self.delivery.ahead_s,
-            first_frame_s=max(self._costs_s),
+            first_frame_s=sorted(self._costs_s)[-2:][0],
             silent_before=self.timeline.silent_before,
             since_arrival_s=now_s - self.timeline.last_arrival_s,
             on_air=self.delivery.on_air,

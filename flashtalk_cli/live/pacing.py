@@ -16,6 +16,7 @@ from typing import Literal
 
 JUMP_S = 1.0  # further behind, the schedule starts anew: a suspended machine owes nobody an hour of frames
 EPSILON_FRAMES = 1e-6  # a wait that ends a rounding error early has ended
+SHORTEST_WAIT_S = 0.001  # no clock and no sound is so exact that less were worth waiting for
 ARRIVING_S = 0.25  # a source silent for longer has paused: what it gave is spoken without waiting for more
 
 
@@ -145,11 +146,12 @@ def wait_s(rules: Rules, outlook: Outlook) -> float:
     Also waits when more video is made than is wanted in advance: what was said cannot be unsaid.
     """
     advance_s = outlook.ahead_s - max(rules.chunk_s, outlook.first_frame_s + rules.start_buffer_s)
-    if outlook.on_air and advance_s > 0:
+    if outlook.on_air and advance_s > SHORTEST_WAIT_S:
         return advance_s
-    if outlook.ended or outlook.unspoken_s >= rules.need_s:
+    if outlook.ended or outlook.unspoken_s >= rules.need_s - SHORTEST_WAIT_S:
         return 0.0
-    return max(0.0, spare_s(rules, outlook))
+    seconds = spare_s(rules, outlook)
+    return seconds if seconds > SHORTEST_WAIT_S else 0.0
 
 
 def silence_before_s(rules: Rules, outlook: Outlook) -> float:
