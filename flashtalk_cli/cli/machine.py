@@ -169,7 +169,7 @@ def _sharing(seen: dict[str, Any]) -> list[Finding]:
     """What --gpus gives, for every preset made for GPUs and every count that doubles, and for all."""
     count = len(seen.get("gpus", ()))
     counts = sorted({n for n in (2, 4, 8, 16, count) if 2 <= n <= count})
-    made = [presets.load(name) for name in presets.names()] if counts else []
+    made: list[Preset] = [presets.load(name) for name in presets.names()] if counts else []
     findings = []
     for preset in made:
         for n in counts if preset.compute.device == "cuda" else ():
