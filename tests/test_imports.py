@@ -61,6 +61,7 @@ ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
     "live/control.py": {"XDG_RUNTIME_DIR"},
+    "media/live/targets.py": set(),  # the variable that a user names
     "worker.py": None,
 }  # None: torchrun's own
 

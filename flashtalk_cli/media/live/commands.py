@@ -70,28 +70,44 @@ def live_codec(encoding: Encoding, width_px: int, height_px: int) -> VideoCodec:
     return codec
 
 
-def encoder_command(
-    codec: VideoCodec,
-    crf: int,
-    max_kbps: int,
-    size_px: tuple[int, int],
-    fps: int,
-    n_channels: int,
-    sound: int,
-) -> list[str]:
+@dataclass(frozen=True)
+class Coding:
+    """How the one encoder is run. `max_kbps` caps the video over a second, as public services ask.
+
+    With `for_browsers` it takes the profile that everything that speaks WebRTC decodes.
+    """
+
+    codec: VideoCodec
+    crf: int
+    max_kbps: int
+    width_px: int
+    height_px: int
+    fps: int
+    n_channels: int
+    for_browsers: bool
+
+
+def encoder_command(coding: Coding, sound: int) -> list[str]:
     """Raw RGB on stdin and float32 samples on the descriptor `sound` in, FLV on stdout out.
 
     FLV for its framing only: each tag has a size and says whether it is a key frame. No B-frames and no
-    lookahead, so nothing waits; the rate is capped at `max_kbps` over a second, as services ask.
+    lookahead, so nothing waits.
     """
-    group_frames = GROUP_S * fps
+    group_frames = GROUP_S * coding.fps
     at_once = {"protocol_whitelist": "pipe", "probesize": 32, "analyzeduration": 0}
-    width_px, height_px = size_px
-    video = {"f": "rawvideo", "pix_fmt": "rgb24", "s": f"{width_px}x{height_px}", "r": fps, "i": "pipe:0"}
-    audio = {"f": "f32le", "ar": SAMPLE_RATE_HZ, "ac": n_channels, "i": f"pipe:{sound}"}
-    coded: dict[str, Any] = {"map": "0:v:0", "vf": TO_YUV, **COLOUR, **codec.options(crf, ".mp4")}
-    coded |= {"bf": 0, "g": group_frames, "keyint_min": group_frames, **LOW_LATENCY[codec.name]}
-    coded |= {"maxrate": f"{max_kbps}k", "bufsize": f"{max_kbps}k"}
+    size = f"{coding.width_px}x{coding.height_px}"
+    video = {"f": "rawvideo", "pix_fmt": "rgb24", "s": size, "r": coding.fps, "i": "pipe:0"}
+    audio = {"f": "f32le", "ar": SAMPLE_RATE_HZ, "ac": coding.n_channels, "i": f"pipe:{sound}"}
+    coded: dict[str, Any] = {
+        "map": "0:v:0",
+        "vf": TO_YUV,
+        **COLOUR,
+        **coding.codec.options(coding.crf, ".mp4"),
+    }
+    coded |= {"bf": 0, "g": group_frames, "keyint_min": group_frames, **LOW_LATENCY[coding.codec.name]}
+    coded |= {"maxrate": f"{coding.max_kbps}k", "bufsize": f"{coding.max_kbps}k"}
+    if coding.for_browsers:
+        coded["profile:v"] = "baseline"
     heard = {"map": "1:a:0", "c:a": "aac", "b:a": "160k"}
     flv = {"f": "flv", "flvflags": "no_duration_filesize", "flush_packets": 1}
     arguments = _options(at_once | video) + _options(at_once | audio)

@@ -19,7 +19,7 @@ import numpy as np
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
-from flashtalk_cli.media.live.commands import Sending, encoder_command, live_codec, sending
+from flashtalk_cli.media.live.commands import Coding, Sending, live_codec, sending
 from flashtalk_cli.media.live.encoder_process import Backlog, EncoderProcess
 from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder
 from flashtalk_cli.media.live.statistics import SinkStatistics
@@ -106,16 +106,21 @@ class LiveEncoder:
         self._whole = False
         self._failure = ""
         self.encoder_restarts = 0
-        codec = live_codec(encoding, width_px, height_px)
-        size_px = (width_px, height_px)
-        self._command = lambda sound: encoder_command(
-            codec, encoding.crf, self._policy.max_kbps, size_px, fps, n_channels, sound
+        self._coding = Coding(
+            live_codec(encoding, width_px, height_px),
+            encoding.crf,
+            self._policy.max_kbps,
+            width_px,
+            height_px,
+            fps,
+            n_channels,
+            for_browsers=any(target.kind == "whip" for target in targets),
         )
         self._sinks: list[Sink] = []
         try:
             for target in targets:
                 self._sinks.append(self._sink(target, comment, overwrite, stdout))
-            self._process = EncoderProcess(self._command, self._backlog)
+            self._process = EncoderProcess(self._coding, self._backlog)
         except BaseException:
             for sink in self._sinks:
                 sink.abort()
@@ -238,7 +243,7 @@ class LiveEncoder:
     def _start_again(self, why: str) -> None:
         self.encoder_restarts += 1
         self._tell(f"the encoder ended ({why}); started again, no frame is lost")
-        self._process = EncoderProcess(self._command, self._backlog)
+        self._process = EncoderProcess(self._coding, self._backlog)
         if self._aborted:
             self._process.kill()
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from flashtalk_cli.media.ffmpeg import cause
+from flashtalk_cli.media.live.commands import Coding, encoder_command
 from flashtalk_cli.media.live.units import AAC_SAMPLES, SAMPLE_RATE_HZ, FlvReader, Tag
 
 log = logging.getLogger(__name__)
@@ -123,25 +124,26 @@ class Backlog:
 
 
 class EncoderProcess:
-    """ffmpeg from the backlog's oldest frame on. `command` is given the descriptor of its sound."""
+    """ffmpeg from the backlog's oldest frame on; `OSError` when it cannot be started."""
 
-    def __init__(self, command: Callable[[int], list[str]], backlog: Backlog) -> None:
+    def __init__(self, coding: Coding, backlog: Backlog) -> None:
         self._backlog = backlog
         self._broken = threading.Event()
+        self._stalled = ""
         self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         first_packet = backlog.packets_from()
         self._skip_packets = backlog.coded_packets - first_packet
         sound_end, sound = os.pipe()
         try:
             self._process = subprocess.Popen(
-                command(sound_end),
+                encoder_command(coding, sound_end),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
                 pass_fds=(sound_end,),
             )
-        except OSError:
+        except BaseException:
             os.close(sound)
             raise
         finally:
@@ -175,7 +177,7 @@ class EncoderProcess:
         while True:
             if not select.select([stdout], [], [], stall_s)[0]:
                 if self._backlog.is_full() or self._backlog.ended:
-                    self._lines.append(f"nothing came out for {stall_s:.0f} s")
+                    self._stalled = f"nothing came out for {stall_s:.0f} s"
                     self.kill()
                 continue
             data = os.read(stdout, READ_BYTES)
@@ -199,7 +201,7 @@ class EncoderProcess:
             thread.join(DYING_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
-        return cause(self._process.wait(), list(self._lines))
+        return self._stalled or cause(self._process.wait(), list(self._lines))
 
     def kill(self) -> None:
         """End it at once."""

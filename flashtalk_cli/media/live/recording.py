@@ -24,6 +24,11 @@ class Recording:
         self.path = self._part.path
         self.descriptor = self._part.descriptor  # the lock, for the writing process to hold too
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was written, or nothing is left to us."""
+        return not self._part.held or self._part.is_empty()
+
     def publish(self) -> None:
         """It is whole: give it its name. Raises `OutputError`; the part then stays."""
         self._part.publish(self._part.path)

@@ -43,7 +43,10 @@ class SinkProcess:
         assert self._process.stdin is not None
         self._stdin = self._process.stdin.fileno()
         os.set_blocking(self._stdin, False)
-        self.given_us = self.taken_us = 0  # media, from its first picture on
+        self.taken_us = 0  # when the newest picture that ffmpeg wrote is shown
+        self._n_taken = 0
+        self._lock = threading.Lock()
+        self._times_us: collections.deque[int] = collections.deque()  # of pictures given and not taken
         self._blocked = False
         self._moved_at = time.monotonic()
         self._drainer = threading.Thread(target=self._drain, name="sink-stderr", daemon=True)
@@ -56,8 +59,8 @@ class SinkProcess:
 
     @property
     def is_live(self) -> bool:
-        """Whether anything went out: it is connected."""
-        return self.taken_us > 0
+        """Whether a picture went out: it is connected."""
+        return self._n_taken > 0
 
     def runs(self) -> bool:
         """Whether ffmpeg has not ended."""
@@ -87,10 +90,11 @@ class SinkProcess:
         return True
 
     def note_given(self, time_us: int) -> None:
-        """Media up to here was handed over. The clock for stalls starts when there is something to take."""
+        """A picture was handed over. The clock for stalls starts when there is something to take."""
         if not self._owes():
             self._moved_at = time.monotonic()
-        self.given_us = max(self.given_us, time_us)
+        with self._lock:
+            self._times_us.append(time_us)
 
     def end(self, gives_up: Callable[[], bool]) -> bool:
         """Let ffmpeg write its end: whether it did so without a fault. It is killed once `gives_up` says so."""
@@ -117,10 +121,13 @@ class SinkProcess:
             self.kill()
         self._drainer.join(DYING_S)
         self._close_stdin()
-        return self._masked(cause(self._process.returncode, list(self._lines)))
+        told = self._masked(cause(self._process.returncode, list(self._lines)))
+        return told.rpartition(": ")[2] if "://" in told else told  # the address is known
 
     def _owes(self) -> bool:
-        return self._blocked or self.given_us - self.taken_us > HELD_BACK_S * US_PER_S
+        with self._lock:
+            owed_us = self._times_us[-1] - self._times_us[0] if self._times_us else 0
+        return self._blocked or owed_us > HELD_BACK_S * US_PER_S
 
     def _close_stdin(self) -> None:
         stdin = self._process.stdin
@@ -140,13 +147,16 @@ class SinkProcess:
                     line = self._masked(line)
                     log.debug("ffmpeg: %s", line)
                     self._lines.append(line)
-                elif told[1] == "out_time_us" and told[2].strip().isdigit():
+                elif told[1] == "frame" and told[2].strip().isdigit():
                     self._note_taken(int(told[2]))
 
-    def _note_taken(self, time_us: int) -> None:
-        if time_us > self.taken_us:
-            self.taken_us = time_us
-            self._moved_at = time.monotonic()
+    def _note_taken(self, n_frames: int) -> None:
+        """The count is what ffmpeg wrote; its times would begin anew where it begins."""
+        with self._lock:
+            for _ in range(min(n_frames - self._n_taken, len(self._times_us))):
+                self.taken_us = self._times_us.popleft()
+                self._n_taken += 1
+                self._moved_at = time.monotonic()
 
 
 def _start(sending: Sending, stdout: int, inherit: tuple[int, ...]) -> subprocess.Popen[bytes]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.backoff import Backoff
 from flashtalk_cli.media.live.commands import Sending, after_restart
 from flashtalk_cli.media.live.matroska import PADDING_US, cluster, header
@@ -203,14 +204,13 @@ class Sink:
             head = b"" if data else head
             if not process.write(data, gives_up):
                 return False
-            self._count(process, unit, origin_us, len(data))
+            self._bytes_sent += len(data)
+            if unit.is_video:
+                self._frames_sent += 1
+                process.note_given(unit.time_us)
+            if process.is_live:
+                self._sent_us = process.taken_us
         return False
-
-    def _count(self, process: SinkProcess, unit: Unit, origin_us: int, n_bytes: int) -> None:
-        process.note_given(unit.time_us - origin_us)
-        self._bytes_sent += n_bytes
-        self._frames_sent += unit.is_video
-        self._sent_us = origin_us + process.taken_us if process.is_live else self._sent_us
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
@@ -241,8 +241,9 @@ class Sink:
         if self._state != "failed":
             self._state, self._last_error = "failed", why
             self._queue.close()
-            kept = f"; what was written plays, in {self._recording.path.name}" if self._recording else ""
-            self._tell(f"{self.target.shown}: {why}; it gets no more{kept}")
+            part = self._recording
+            rest = f"; what was written plays, in {shown(part.path)}" if part and not part.is_empty else ""
+            self._tell(f"{self.target.shown}: {why}; it gets no more{rest}")
 
     def _finish(self) -> None:
         """Publish a whole recording, leave any other; whoever never got through has failed."""

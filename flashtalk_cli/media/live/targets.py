@@ -68,13 +68,37 @@ def parse_target(kind: Kind, text: str) -> Target:
         return Target(kind, "standard output")
     if kind in ("file", "hls"):
         return _local(kind, text)
-    url = _resolved(kind, text)
+    url = _address(kind, resolve_secret(f"--{kind}", text))
     parts = _split(kind, url)
     if kind == "rtmp":
         return _rtmp(url, parts)
     if kind == "whip":
         return _whip(url, parts)
     return _datagrams(kind, url, parts)
+
+
+def resolve_secret(option: str, text: str) -> str:
+    """What `env:NAME` or `@FILE` stands for, or the text itself, without space around it.
+
+    Raises `UsageError`, which names the source and never what is in it.
+    """
+    if text.startswith("env:"):
+        name = text[len("env:") :]
+        source, value = f"environment variable {shown_path(name)}", os.environ.get(name)
+        if value is None:
+            raise UsageError(f"{option}: there is no {source}; set it")
+    elif text.startswith("@"):
+        source = shown_path(text[1:])
+        try:
+            value = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a text"
+            raise UsageError(f"{option}: {source} cannot be read ({reason}); name another file") from None
+    else:
+        source, value = "the value", text
+    if not value.strip():
+        raise UsageError(f"{option}: {source} is empty")
+    return value.strip()
 
 
 def rtmp_names(parts: SplitResult) -> tuple[str, str]:
@@ -100,31 +124,12 @@ def _local(kind: Kind, text: str) -> Target:
     return Target(kind, shown_path(text), path=path)
 
 
-def _resolved(kind: Kind, text: str) -> str:
-    """The address itself, wherever it is kept."""
-    if text.startswith("env:"):
-        name = text[len("env:") :]
-        value = os.environ.get(name)
-        if value is None:
-            raise UsageError(f"--{kind}: no environment variable {shown_path(name)}; set it to the address")
-        source = f"environment variable {shown_path(name)}"
-    elif text.startswith("@"):
-        source = shown_path(text[1:])
-        try:
-            value = Path(text[1:]).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not a text"
-            raise UsageError(f"--{kind}: {source} cannot be read ({reason}); put the address in it") from None
-    else:
-        source, value = "the address", text
-    value = value.strip()
-    if not value:
-        raise UsageError(f"--{kind}: {source} is empty; give {EXAMPLES[kind]}")
-    if not value.isascii() or re.search(r"[\x00-\x20\x7f]", value):
+def _address(kind: Kind, url: str) -> str:
+    if not url.isascii() or re.search(r"[\x00-\x20\x7f]", url):
         raise UsageError(
-            f"--{kind}: {source} holds spaces, several lines or other than ASCII; give {EXAMPLES[kind]}"
+            f"--{kind}: the address holds spaces, several lines or other than ASCII; give {EXAMPLES[kind]}"
         )
-    return value
+    return url
 
 
 def _split(kind: Kind, url: str) -> SplitResult:
