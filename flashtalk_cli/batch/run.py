@@ -103,7 +103,7 @@ class Crew:
         """A replica's thread."""
         deaths = 0
         try:
-            while (clip := self._backlog.take()) is not None:
+            while not self._requests and (clip := self._backlog.take()) is not None:
                 try:
                     if not replica.alive:
                         replica.start()
