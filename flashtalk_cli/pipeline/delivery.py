@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashtalk_cli.pipeline.marks import Mark, unmarked
+
 
 class Delivery:
     """Copies pieces of frames, one after another, on a stream beside the one that makes them.
@@ -13,7 +15,8 @@ class Delivery:
     On a CPU there is nothing to copy, and a piece is given out at once. Where a rank has none, None is passed on.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, mark: Mark = unmarked) -> None:
+        self._mark = mark
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._under_way: tuple[Tensor, torch.cuda.Event] | None = None
 
@@ -23,12 +26,15 @@ class Delivery:
         What comes out of a GPU lies in pinned memory of its own, which lives as long as the tensor.
         """
         if self._stream is None or frames is None:
+            self._mark("to host")
             return frames
         ready = self.flush()
         host = torch.empty_like(frames, device="cpu", pin_memory=True)
         self._stream.wait_stream(torch.cuda.current_stream(frames.device))
         with torch.cuda.stream(self._stream):
+            self._mark("")
             host.copy_(frames, non_blocking=True)
+            self._mark("to host")
         frames.record_stream(self._stream)
         self._under_way = (host, self._stream.record_event())
         return ready

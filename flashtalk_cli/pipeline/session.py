@@ -25,6 +25,7 @@ from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 from flashtalk_cli.pipeline.colour import Statistics, match_colour, to_lab
+from flashtalk_cli.pipeline.marks import Mark, unmarked
 from flashtalk_cli.pipeline.sampler import denoise
 from flashtalk_cli.pipeline.schedule import times
 
@@ -89,10 +90,6 @@ def _encoded(models: Models, tile: Tensor) -> Tensor:
     return models.tiles.join(latents)
 
 
-def unmarked(name: str) -> None:
-    """Time nothing: the default of `step`, which calls its `mark` at the end of each part."""
-
-
 def begin(conditions: Conditions, seed: int) -> State:
     """The state before the first chunk: the person as in the picture."""
     return State(conditions.picture_latent, torch.Generator("cpu").manual_seed(seed).get_state())
@@ -104,7 +101,7 @@ def step(
     conditions: Conditions,
     state: State,
     windows: Tensor,
-    mark: Callable[[str], None] = unmarked,
+    mark: Mark = unmarked,
 ) -> Yields[Tensor, None, State]:
     """One chunk: yields video [1, 3, n, H, W] in [-1, 1] as it decodes, `new_frames` in all.
 
@@ -113,15 +110,20 @@ def step(
 
     windows: [1, chunk_frames, 5, layers, dim], what each frame hears. The motion frames at
     the chunk's start were on screen before; they prime the decoder and are not given out.
+    mark: called at the end of each part, see marks.
     """
     sampling = models.sampling
     generator = torch.Generator("cpu")
     generator.set_state(state.noise)
     heard = models.dit.hear(windows.to(models.device))
+    mark("keys")
 
     def predict(x: Tensor, time: float) -> Tensor:
+        mark("noise")
         t = torch.full((len(x),), time * 1000, device=x.device)
-        return models.dit(x, t, conditions.y, conditions.context, heard, models.sequence)
+        velocity = models.dit(x, t, conditions.y, conditions.context, heard, models.sequence)
+        mark("step")
+        return velocity
 
     latents = denoise(
         predict,
@@ -130,7 +132,7 @@ def step(
         times(sampling.steps, sampling.shift),
         generator,
     )
-    mark("denoise")
+    mark("noise")
     tiles = models.tiles
     latents = tiles.cut(latents)
     primed = 1 + (sampling.motion_frames - 1) // 4
@@ -140,12 +142,14 @@ def step(
         if sampling.new_frames < sampling.motion_frames
         else []
     )  # else new frames suffice
+    mark("prime")
     for latent in latents[:, :, primed:].split(1, dim=2):
         video, decoder = models.vae.decode(latent, decoder, tiles=tiles)
+        mark("decode")
         video = match_colour(video, conditions.colour, sampling.colour_strength, tiles)
+        mark("colour")
         tail = [*tail, video][-(1 + primed) :]
         yield video
-    mark("decode")
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
     motion = _encoded(models, last)
     mark("motion")
