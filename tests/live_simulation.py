@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,7 +93,7 @@ class StandIn:
         self._cost_s = cost_s
         self._chunk = 0
 
-    def perform(self, sound: Taken, heard: np.ndarray) -> Iterator[np.ndarray]:
+    def perform(self, sound: Taken, heard: np.ndarray) -> Generator[np.ndarray, None, None]:
         """A chunk: half of its cost before the first frames, the rest spread over the others."""
         cost_s = self._cost_s(self._chunk)
         self._chunk += 1
@@ -156,7 +156,7 @@ class World:
         self.mismatches = 0
         self.flashes = 0
         self.stop = threading.Event()
-        self.delivery = SimulatedDelivery(self.rules, self._sink, self.clock, RATE_HZ)
+        self.delivery = SimulatedDelivery(self.rules, self._sink, self.clock, RATE_HZ, self.stop)
         self.loop = Loop(
             self.rules,
             Manners(self.paced, 0.0 if self.paced else 2.0, self.keep_alive),

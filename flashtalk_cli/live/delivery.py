@@ -44,7 +44,9 @@ class Batch:
 class Delivery:
     """The queue in front of the outputs. `poll` sends what is due; `start` makes a thread that polls."""
 
-    def __init__(self, rules: Rules, sink: Sink, clock: Clock, rate_hz: int) -> None:
+    def __init__(
+        self, rules: Rules, sink: Sink, clock: Clock, rate_hz: int, stop: threading.Event | None = None
+    ) -> None:
         self.rules = rules
         self.latency = Latency()
         self.sent_frames = 0  # these count for ever
@@ -52,6 +54,7 @@ class Delivery:
         self.first_sent_s: float | None = None
         self._sink = sink
         self._clock = clock
+        self._stop = stop or threading.Event()  # once set, no frame is repeated for those that never come
         self._frame_samples = rate_hz // rules.fps
         self._changed = threading.Condition()
         self._stirred = False
@@ -133,7 +136,8 @@ class Delivery:
         while True:
             now_s = self._clock.now_s()
             with self._changed:
-                decision, self._air = decide(self.rules, self._air, self._queued_frames, self._ending, now_s)
+                ending = self._ending or self._stop.is_set()
+                decision, self._air = decide(self.rules, self._air, self._queued_frames, ending, now_s)
                 due = self._pop(decision.frames) if isinstance(decision, Send) else []
             match decision:
                 case Wait(until_s):

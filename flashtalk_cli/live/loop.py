@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +26,11 @@ FIRST_GUESS = 0.5  # of a chunk's length: what its first frame is expected to ta
 class Performer(Protocol):
     """What makes frames of sound: the model, or a stand-in for it."""
 
-    def perform(self, sound: Taken, heard: np.ndarray) -> Iterator[np.ndarray]:
+    def perform(self, sound: Taken, heard: np.ndarray) -> Generator[np.ndarray, None, None]:
         """Frames of the next chunk, uint8 [T, H, W, 3] a piece, as they are decoded.
 
         sound: the chunk's own; heard: float32, the past up to the chunk's end and the look-ahead, at the
-        timeline's rate.
+        timeline's rate. Closed early when the stream is to end.
         """
         ...
 
@@ -158,14 +159,17 @@ class Loop:
         heard = self.timeline.heard(self.rules.lookahead_s)
         self.speaking = bool(np.isfinite(sound.arrived_s).any())
         done = 0
-        for frames in self.performer.perform(sound, heard):
-            ready_s = self.clock.now_s()
-            if not done:
-                self._costs_s.append(ready_s - begun_s)
-            if done < wanted and not self.stop.is_set():
-                silent = spoken != self._spoken
-                self._put(sound, frames[: wanted - done], done, begun_s, ready_s, silent=silent)
-            done += len(frames)
+        with closing(self.performer.perform(sound, heard)) as pieces:
+            for frames in pieces:
+                if self.stop.is_set():
+                    return
+                ready_s = self.clock.now_s()
+                if not done:
+                    self._costs_s.append(ready_s - begun_s)
+                if done < wanted:
+                    silent = spoken != self._spoken
+                    self._put(sound, frames[: wanted - done], done, begun_s, ready_s, silent=silent)
+                done += len(frames)
         assert done == n_frames, (done, n_frames)
         self.chunks += 1
         self._chunk_s.append(self.clock.now_s() - begun_s)

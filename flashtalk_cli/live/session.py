@@ -86,7 +86,7 @@ def lead(
         encoder = stack.enter_context(_encoder(worker, job, targets, warn, stdout))
         source = open_source(job, timeline, clock, warn)
         manners = Manners(source.paced, source.may_wait_s, job.keep_alive)
-        delivery = Delivery(rules, _sink(encoder, stop), clock, RATE_HZ)
+        delivery = Delivery(rules, _sink(encoder, stop), clock, RATE_HZ, stop)
         loop = Loop(rules, manners, timeline, performer, delivery, stop, clock)
 
         def status() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator
 from collections.abc import Generator as Yields
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ class Stage:
             self._change(cue.inputs, cue.new_picture)
         windows = chunks.windows(cue.features, self.heard, self.sampling.chunk_frames)
         self._state = yield from self._frames(windows)
+        self._ranks.pulse.round()
 
     def warm_up(self) -> None:
         """Compute a chunk that nobody sees: the first one on a device is slow."""
@@ -122,17 +124,27 @@ class ModelPerformer:
         self._gain = RunningGain(RATE_HZ, worker.preset.hearing.loudness_lufs)
         self._lock = threading.Lock()
         self._next: Inputs | None = None
+        self._rest = ExitStack()
+        self._rest.enter_context(self._ranks.pulse.resting())
 
-    def perform(self, sound: Taken, heard: np.ndarray) -> Iterator[np.ndarray]:
+    def perform(self, sound: Taken, heard: np.ndarray) -> Generator[np.ndarray, None, None]:
         """Frames of the next chunk, as they decode."""
+        self._rest.close()
         with self._lock:
             inputs, self._next = self._next, None
         self._gain.add(sound.samples)
         new_picture = inputs is not None and inputs.picture is not self._stage.inputs.picture
         cue = Cue(self._features(heard), inputs, new_picture)
-        for frames in self._stage.play(self._ranks.from_leader(cue)):
-            assert frames is not None
-            yield frames
+        pieces = self._stage.play(self._ranks.from_leader(cue))
+        try:
+            for frames in pieces:
+                assert frames is not None
+                yield frames
+        finally:
+            if self._ranks.size > 1:
+                for _ in pieces:  # closed early: the other ranks are in the middle of it
+                    pass
+        self._rest.enter_context(self._ranks.pulse.resting())  # until the sound of the next one is there
 
     def end(self) -> None:
         """Let the other ranks go."""
