@@ -60,13 +60,19 @@ def test_losses_fall_and_are_written(trained: Path) -> None:
 
 
 def test_people_go_on_where_they_ended(trained: Path) -> None:
-    """Two more clips are two more; the first ones stay as they are."""
-    before = {path.name: path.read_bytes() for path in (trained / "data").glob("shard-*")}
-    assert flashtalk(trained, "people", trained / "data", "--speech", trained / "bank", "--clips", 4) == 0
-    after = {path.name: path.read_bytes() for path in (trained / "data").glob("shard-*")}
-    assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) + 1
-    assert json.loads((trained / "data" / "data.json").read_text())["clips"] == 4
+    """A whole shard stays as it is; one that is short of a clip is made again, with the clips it had."""
+    made = trained / "data"
+    before = {path.name: read_shard(path) for path in sorted(made.glob("shard-*"))}
+    times = {path.name: path.stat().st_mtime_ns for path in made.glob("shard-*")}
+    arguments = ["people", made, "--speech", trained / "bank", "--clips", 4]
+    assert flashtalk(trained, *arguments, "--gpus", 2) == 0
+    whole, short = sorted(made.glob("shard-*"))
+    assert whole.stat().st_mtime_ns == times[whole.name]
+    after = read_shard(short)
+    for name, kept in before[short.name].items():
+        torch.testing.assert_close(after[name][: len(kept)], kept)
+    assert int(after["picture_clip"].max()) == 1
+    assert json.loads((made / "data.json").read_text())["clips"] == 4
 
 
 def test_what_was_trained_renders(trained: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from pathlib import Path
 
 from flashtalk_cli.distill import shards
 from flashtalk_cli.distill.encoding import Encoders
@@ -13,40 +14,64 @@ from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, OutputError
 
 
 def make_people(work: Work) -> int:
-    """`train people`: shards of generated people, going on where an earlier run ended."""
+    """`train people`: shards of generated people, spread over the ranks, going on where an earlier run ended.
+
+    A shard's number says which clips it holds, so that any number of ranks make the same ones.
+    """
     from flashtalk_cli.distill.people_data import Cast, make_people
 
-    job, base = work.job, work.job.base
+    job, base, ranks = work.job, work.job.base, work.ranks
     assert job.source is not None
+    assert job.clips is not None
     started_s = time.monotonic()
-    encoders = Encoders(work.folder, base, work.ranks.device)
+    encoders = Encoders(work.folder, base, ranks.device)
     cast = Cast.of(job.preset, base, job.preset.data.clip_chunks, job.held_out)
-    origin, first, number = _going_on(work, encoders, [base.sampling.prompt])
-    workers = max(0, min(24, (os.cpu_count() or 1) - 2))
-    work.say("people", f"clips {first} to {job.clips} of {cast.n_frames} frames, {workers} planners")
-    made = first
-    size_px = (cast.height_px, cast.width_px)
-    parts = (
-        make_people(encoders, job.preset, job.source, cast, first, job.clips, workers)
-        if first < job.clips
-        else ()
-    )
-    for tensors, done in parts:
+    size_px, per_shard = (cast.height_px, cast.width_px), job.preset.data.shard_clips
+    origin = _begin(work, encoders, [base.sampling.prompt])
+    wanted = [range(start, min(start + per_shard, job.clips)) for start in range(0, job.clips, per_shard)]
+    left = [number for number, clips in enumerate(wanted) if _has(job.out, number) < len(clips)]
+    mine = left[ranks.rank :: ranks.size]
+    workers = max(0, min(24, (os.cpu_count() or 1) // ranks.size - 2))
+    at_first = job.clips - sum(len(wanted[number]) for number in left)
+    work.say("people", f"clips {at_first} to {job.clips} of {cast.n_frames} frames, {workers} planners")
+    shards_made = make_people(encoders, job.preset, job.source, cast, [wanted[n] for n in mine], workers)
+    for number, tensors in zip(mine, shards_made, strict=True):
         shards.write_shard(job.out, size_px, number, tensors)
-        number, made = number + 1, made + done.clips
-        origin = replace_counts(origin, made, base.sampling.fps, cast.n_frames)
-        shards.write_origin(job.out, origin)
-        rate = (made - first) / max(1e-9, time.monotonic() - started_s)
+        elapsed_s = time.monotonic() - started_s
+        made = sum(len(wanted[n]) for n in shards.numbers_in(job.out) if n < len(wanted))
         work.emitter.emit(
-            "progress", name="people", done=made, total=job.clips, unit=f"clips, {rate:.1f} a second"
+            "progress",
+            name="people",
+            done=made,
+            total=job.clips,
+            unit=f"clips, {max(0, made - at_first) / elapsed_s:.1f} a second",
         )
-        if work.stop.is_set():
-            work.emitter.emit("interrupted", path=job.out)
-            return INTERRUPTED_EXIT_CODE
-        if job.max_seconds is not None and time.monotonic() - started_s > job.max_seconds:
+        late = job.max_seconds is not None and elapsed_s > job.max_seconds
+        if late or work.stop.is_set():
             break
+    ranks.wait()
+    if ranks.leads:
+        _count(work, origin, cast.n_frames)
+    if ranks.any(work.stop.is_set()):
+        work.emitter.emit("interrupted", path=job.out)
+        return INTERRUPTED_EXIT_CODE
     work.emitter.emit("done", path=job.out, elapsed_s=time.monotonic() - started_s)
     return 0
+
+
+def _has(folder: Path, number: int) -> int:
+    """Clips of a shard by its number; 0 when it is not there."""
+    path = shards.numbers_in(folder).get(number)
+    return shards.clips_in(path) if path else 0
+
+
+def _count(work: Work, origin: shards.Origin, n_frames: int) -> None:
+    """Write down how much there is."""
+    clips = sum(map(shards.clips_in, shards.numbers_in(work.job.out).values()))
+    fps = work.job.base.sampling.fps
+    shards.write_origin(
+        work.job.out, origin.model_copy(update={"clips": clips, "seconds": clips * n_frames / fps})
+    )
 
 
 def prepare(work: Work) -> int:
@@ -60,7 +85,9 @@ def prepare(work: Work) -> int:
     started_s = time.monotonic()
     faces = opencv_faces() if job.preset.data.min_face_share > 0 else None
     encoders = Encoders(work.folder, base, work.ranks.device)
-    origin, n_clips, number = _going_on(work, encoders, [base.sampling.prompt])
+    origin = _begin(work, encoders, [base.sampling.prompt])
+    numbers = shards.numbers_in(job.out)
+    n_clips, number = sum(map(shards.clips_in, numbers.values())), len(numbers)
     preparation = Preparation(encoders, job.preset.data, job.source, job.out, faces)
     left = preparation.left()
     work.say("footage", f"{len(left)} files, {len(preparation.journal)} done before")
@@ -91,27 +118,23 @@ def prepare(work: Work) -> int:
     return 0
 
 
-def replace_counts(origin: shards.Origin, clips: int, fps: int, n_frames: int) -> shards.Origin:
-    """The same with how much there is by now."""
-    return origin.model_copy(update={"clips": clips, "seconds": clips * n_frames / fps})
-
-
-def _going_on(work: Work, encoders: Encoders, prompts: list[str]) -> tuple[shards.Origin, int, int]:
-    """What the folder says of itself, clips that are there, and the next shard's number."""
+def _begin(work: Work, encoders: Encoders, prompts: list[str]) -> shards.Origin:
+    """Make the folder and say what it is; or what it says of itself, held to this job."""
     out = work.job.out
     origin = encoders.origin(prompts)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be made ({error.strerror}): choose another") from None
-    if (out / shards.INDEX).exists():
-        found = shards.read_origin(out)
-        shards.check_origin(out, found, origin)
-        if found.prompts != prompts:
-            raise InputError(
-                f"{out} was made with the prompts {found.prompts}, now they are {prompts}: choose another"
-            )
-        paths = [path for some in shards.shard_paths(out).values() for path in some]
-        return found, sum(map(shards.clips_in, paths)), len(paths)
-    shards.write_texts(out, encoders.encode_prompts(prompts))
-    return origin, 0, 0
+    if work.ranks.leads:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{out} cannot be made ({error.strerror}): choose another") from None
+        if not (out / shards.INDEX).exists():
+            shards.write_texts(out, encoders.encode_prompts(prompts))
+            shards.write_origin(out, origin)
+    work.ranks.wait()
+    found = shards.read_origin(out)
+    shards.check_origin(out, found, origin)
+    if found.prompts != prompts:
+        raise InputError(
+            f"{out} was made with the prompts {found.prompts}, now they are {prompts}: choose another"
+        )
+    return found

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from flashtalk_cli.distill.adapt import ALONE
 from flashtalk_cli.distill.losses import Guidance
 from flashtalk_cli.distill.panel import Panel
+from flashtalk_cli.distill.rollout import LATENTS_AT_ONCE
 from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.colour import match_colour
@@ -84,7 +85,7 @@ def drive(
     motion = panel.picture_latent
     for index in range(n_chunks):
         latents = draw(hear(panel.windows(index)), motion, sampling.chunk_latents, points, generator)
-        video, _ = vae.decode(latents)
+        video, _ = vae.decode(latents, latents_at_once=LATENTS_AT_ONCE)
         video = match_colour(video[:, :, sampling.motion_frames :], panel.colour, sampling.colour_strength)
         yield to_frames(video)
         motion = vae.encode(video[:, :, -sampling.motion_frames :])[0].float()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,16 +96,14 @@ def _hushed(speech: Speech) -> Speech:
 
 
 class _Plans(IterableDataset):
-    def __init__(self, bank: SpeechBank, cast: Cast, first: int, last: int) -> None:
-        self.bank, self.cast, self.first, self.last = bank, cast, first, last
+    def __init__(self, bank: SpeechBank, cast: Cast, batches: Sequence[range]) -> None:
+        self.bank, self.cast, self.batches = bank, cast, batches
 
     def __iter__(self) -> Iterator[list[Plan]]:
         torch.set_num_threads(1)
         worker = get_worker_info()
         place, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        starts = range(self.first + place * CLIPS_AT_ONCE, self.last, step * CLIPS_AT_ONCE)
-        for start in starts:
-            numbers = range(start, min(start + CLIPS_AT_ONCE, self.last))
+        for numbers in self.batches[place::step]:  # the loader asks its workers in turn: order is kept
             yield [draw_plan(number, self.bank, self.cast) for number in numbers]
 
 
@@ -144,10 +141,10 @@ def grown(boxes: Tensor, factor: float) -> Tensor:
 
 
 def stream(
-    bank: SpeechBank, cast: Cast, first: int, last: int, device: torch.device, workers: int
+    bank: SpeechBank, cast: Cast, batches: Sequence[range], device: torch.device, workers: int
 ) -> Iterator[Filmed]:
-    """Clips first .. last, planned by worker processes and rendered on the device, a batch at a time."""
-    planned = _Plans(bank, cast, first, last)
+    """Clips of those numbers, planned by worker processes and rendered on the device, a batch at a time."""
+    planned = _Plans(bank, cast, batches)
     plans: DataLoader = DataLoader(
         planned, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
     )
@@ -155,35 +152,26 @@ def stream(
         yield film_plans(batch, cast, device)
 
 
-@dataclass(frozen=True)
-class Made:
-    """How far the making of examples is."""
-
-    clips: int
-    seconds: float
-
-
 def make_people(
     encoders: Encoders,
     preset: TrainPreset,
     bank_folder: Path,
     cast: Cast,
-    first: int,
-    last: int,
+    shards: Sequence[range],
     workers: int,
-) -> Iterator[tuple[dict[str, Tensor], Made]]:
-    """Shards of clips first .. last, each as its tensors, with how far it is."""
+) -> Iterator[dict[str, Tensor]]:
+    """For each of `shards`, ranges of clips' numbers, its tensors, in order."""
     bank = SpeechBank(bank_folder, "held_out" if cast.held_out else "train")
-    waiting: list[dict[str, Tensor]] = []
-    n_clips = done = 0
-    started_s = time.perf_counter()
-    for filmed in stream(bank, cast, first, last, encoders.device, workers):
-        waiting.append(encoders.encode(filmed.clips, preset.data.pictures))
-        n_clips += len(filmed.clips)
-        done += len(filmed.clips)
-        if n_clips >= preset.data.shard_clips or first + done == last:
-            yield merged(waiting), Made(n_clips, time.perf_counter() - started_s)
-            waiting, n_clips = [], 0
+    batches = [[*_batches(numbers)] for numbers in shards]
+    films = stream(bank, cast, [one for some in batches for one in some], encoders.device, workers)
+    for some in batches:
+        made = (encoders.encode(next(films).clips, preset.data.pictures) for _ in some)
+        yield merged([*made])
+
+
+def _batches(numbers: range) -> Iterator[range]:
+    for start in range(numbers.start, numbers.stop, CLIPS_AT_ONCE):
+        yield range(start, min(start + CLIPS_AT_ONCE, numbers.stop))
 
 
 def merged(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

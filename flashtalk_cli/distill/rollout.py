@@ -22,6 +22,8 @@ from flashtalk_cli.pipeline.colour import Statistics, match_colour
 from flashtalk_cli.pipeline.sampler import Predict, denoise, draw_noise, hold_motion
 from flashtalk_cli.pipeline.schedule import renoise
 
+LATENTS_AT_ONCE = 4  # that the VAE decodes together: fewer, larger kernels
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -50,7 +52,7 @@ def predict_clean(
 @torch.no_grad()
 def continue_from(vae: Vae, clean: Tensor, colour: Statistics, sampling: Sampling) -> Tensor:
     """A finished chunk's latents -> the next one's motion latents, through pixels as in use."""
-    video, _ = vae.decode(clean)
+    video, _ = vae.decode(clean, latents_at_once=LATENTS_AT_ONCE)
     tail = match_colour(video[:, :, -sampling.motion_frames :], colour, sampling.colour_strength)
     motion, _ = vae.encode(tail)
     return motion.float()

@@ -130,6 +130,11 @@ def shard_paths(folder: Path) -> dict[tuple[int, int], list[Path]]:
     return sizes
 
 
+def numbers_in(folder: Path) -> dict[int, Path]:
+    """Shards by their number."""
+    return {int(path.stem.rpartition("-")[2]): path for some in shard_paths(folder).values() for path in some}
+
+
 def write_shard(folder: Path, size_px: tuple[int, int], number: int, tensors: Mapping[str, Tensor]) -> Path:
     """Write a shard; complete or not at all. Raises OutputError when the disk does not take it."""
     path = folder / f"shard-{size_px[0]}x{size_px[1]}-{number:05d}.safetensors"
