@@ -173,9 +173,14 @@ class Reading:
 
 def widen(pipe: int) -> None:
     """Let a pipe hold 1 MiB, where the system lets us: what lies in it outlives a killed writer."""
+    resize(pipe, 1 << 20)
+
+
+def resize(pipe: int, n_bytes: int) -> None:
+    """Let a pipe hold so much, where the system lets us."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
-            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, n_bytes)
 
 
 def cause(status: int, lines: Iterable[str]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-FIRST_S, FACTOR, CAP_S = 0.5, 2.0, 30.0
+FACTOR, CAP_S = 2.0, 30.0
 SETTLED_S = 10.0  # live for that long, an outage counts as a new one
 
 
 @dataclass
 class Backoff:
-    """Doubling waits, each drawn between its half and its whole so that many clients do not come at once."""
+    """Waits that double from `first_s`, each drawn between its half and its whole: many clients come apart."""
 
     rng: random.Random
-    first_s: float = FIRST_S
+    first_s: float
     _attempts: int = field(default=0, init=False)
 
     def wait_s(self, live_s: float) -> float:

@@ -46,6 +46,7 @@ class LivePolicy:
 
     queue_s: float = 6.0  # media that may wait for one output before it skips to a newer key frame
     stall_s: float = 10.0  # without progress, until an output or the encoder is started again
+    retry_s: float = 0.5  # the first wait before an output is tried again; it doubles up to 30 s
     max_kbps: int = 6000  # of video; what public services accept
 
 
@@ -74,7 +75,8 @@ class LiveEncoder:
     """Live outputs being written; a context manager, and leaving it without `end` is `abort`.
 
     Sound is 48 kHz. `on_warning` gets one line without secrets for each outage and each return, from other
-    threads. `stdout` is the descriptor of a target of that kind. Raises `OutputError` as `check_targets`.
+    threads. `stdout` is the descriptor of a target of that kind, to be kept
+    open. Raises `OutputError` as `check_targets`.
     """
 
     def __init__(
@@ -133,6 +135,11 @@ class LiveEncoder:
     def pid(self) -> int:
         """Process id of the ffmpeg that encodes now."""
         return self._process.pid
+
+    @property
+    def sink_pids(self) -> tuple[int | None, ...]:
+        """Process ids of the outputs' ffmpegs; None for one that has none now."""
+        return tuple(sink.pid for sink in self._sinks)
 
     @property
     def frames_coded(self) -> int:
@@ -206,12 +213,14 @@ class LiveEncoder:
                 f"{target.shown}: this ffmpeg takes the address only on its command line, "
                 "where other users of this machine can see it"
             )
-        limits = SinkLimits(self._policy.queue_s, self._policy.stall_s)
+        limits = SinkLimits(self._policy.queue_s, self._policy.stall_s, self._policy.retry_s)
         if target.kind == "stdout":
             return Sink(target, how, limits, self._tell, stdout=stdout)
         return Sink(target, how, limits, self._tell, recording=recording)
 
     def _check(self) -> None:
+        if self._aborted:
+            raise OutputError("the outputs were closed")
         if self._failure:
             raise OutputError(self._failure)
         if self._sinks and all(sink.has_failed for sink in self._sinks):

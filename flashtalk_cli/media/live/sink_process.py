@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from flashtalk_cli.media.ffmpeg import cause
+from flashtalk_cli.media.ffmpeg import cause, resize
 from flashtalk_cli.media.live.commands import Sending
 from flashtalk_cli.media.live.units import US_PER_S
 
@@ -24,6 +24,7 @@ PROGRESS = re.compile(
 KEPT_LINES = 20
 TICK_MS = 100
 DYING_S = 5.0
+PIPE_BYTES = 16 << 10  # little, so that a stall shows soon
 HELD_BACK_S = 1.0  # of media that a healthy ffmpeg may hold, to order sound and pictures
 
 
@@ -43,6 +44,7 @@ class SinkProcess:
         assert self._process.stdin is not None
         self._stdin = self._process.stdin.fileno()
         os.set_blocking(self._stdin, False)
+        resize(self._stdin, PIPE_BYTES)
         self.taken_us = 0  # when the newest picture that ffmpeg wrote is shown
         self._n_taken = 0
         self._lock = threading.Lock()
@@ -95,6 +97,10 @@ class SinkProcess:
             self._moved_at = time.monotonic()
         with self._lock:
             self._times_us.append(time_us)
+
+    def note_idle(self) -> None:
+        """There is nothing to hand over: ffmpeg waits for us, and older ones then report no progress."""
+        self._moved_at = time.monotonic()
 
     def end(self, gives_up: Callable[[], bool]) -> bool:
         """Let ffmpeg write its end: whether it did so without a fault. It is killed once `gives_up` says so."""

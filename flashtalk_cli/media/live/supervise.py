@@ -34,10 +34,13 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SinkLimits:
-    """`queue_s` of media may wait for the output; `stall_s` seconds without progress end an attempt."""
+    """`queue_s` of media may wait for the output; `stall_s` seconds without progress end an attempt, and the
+    first wait for the next is `retry_s`.
+    """
 
     queue_s: float
     stall_s: float
+    retry_s: float
 
 
 class Sink:
@@ -60,8 +63,10 @@ class Sink:
         self._tell = tell
         self._recording = recording
         self._stdout = stdout
+        # Who reads standard output may pause for as long as he likes: he skips what he missed.
+        self._patience_s = float("inf") if target.kind == "stdout" else limits.stall_s
         self._queue = UnitQueue(limits.queue_s, lossless=recording is not None)
-        self._backoff = Backoff(rng or random.Random())
+        self._backoff = Backoff(rng or random.Random(), limits.retry_s)
         self._thread = threading.Thread(target=self._run, name=f"sink-{target.kind}", daemon=True)
         self._process: SinkProcess | None = None
         self._form: StreamFormat | None = None
@@ -120,7 +125,9 @@ class Sink:
 
     def statistics(self) -> SinkStatistics:
         """What is known of it now."""
-        behind_us = max(0, self._queue.newest_us - self._sent_us) if self._state != "ended" else 0
+        behind_us = (
+            max(0, self._queue.newest_us - self._sent_us) if self._state not in ("ended", "failed") else 0
+        )
         return SinkStatistics(
             shown=self.target.shown,
             kind=self.target.kind,
@@ -166,12 +173,11 @@ class Sink:
                 self._state = "ended"
             elif self.has_failed:
                 log.debug("%s: stopped", self.target.shown)
-            elif process.runs() and process.stalled_s() >= self._limits.stall_s:
-                process.kill()
-                self._note_outage(f"took nothing for {self._limits.stall_s:.0f} s")
-            elif process.runs():
-                process.kill()
+            elif self._out_of_time():
                 self._last_error = self._last_error or "was not done when time was up"
+            elif process.stalled_s() >= self._patience_s:
+                process.kill()
+                self._note_outage(f"took nothing for {self._patience_s:.0f} s")
             else:
                 self._note_outage(process.cause())
         finally:
@@ -182,14 +188,13 @@ class Sink:
     def _pump(self, process: SinkProcess, live_at: list[float]) -> bool:
         """Units into the process until there are no more; False when it must be given up."""
         assert self._form is not None
-        head, origin_us = header(self._form), 0 if self._recording else None
+        head, origin_us = header(self._form), None
 
         def gives_up() -> bool:
             if process.is_live and not live_at:
                 live_at.append(time.monotonic())
                 self._note_live()
-            patience_s = float("inf") if self.target.kind == "stdout" else self._limits.stall_s
-            late = process.stalled_s() >= patience_s or self._out_of_time()
+            late = process.stalled_s() >= self._patience_s or self._out_of_time()
             return late or self.has_failed or not process.runs()
 
         while not gives_up():
@@ -197,9 +202,10 @@ class Sink:
             if unit is None:
                 if self._queue.is_drained:
                     return not self.has_failed
+                process.note_idle()
                 continue
             if origin_us is None:
-                origin_us = unit.time_us
+                origin_us = self._origin_us(unit)
             data = head + cluster(unit, origin_us) if unit.time_us >= origin_us - PADDING_US else b""
             head = b"" if data else head
             if not process.write(data, gives_up):
@@ -211,6 +217,10 @@ class Sink:
             if process.is_live:
                 self._sent_us = process.taken_us
         return False
+
+    def _origin_us(self, first: Unit) -> int:
+        """Where a process's times begin: a recording's at the stream's start, others' where they join."""
+        return 0 if self._recording else first.time_us
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline

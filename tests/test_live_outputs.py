@@ -1,0 +1,348 @@
+"""Live outputs of this machine: recordings, segments, a pipe, datagrams; the encoder that dies; wraps.
+
+Frame counts are exact, sound and picture are within a frame of each other, and nothing that happens to one
+output or to the encoder costs the recording a frame.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live_outputs import (
+    CLAP_FRAMES,
+    FPS,
+    PER_FRAME,
+    SIDE_PX,
+    check_claps,
+    claps,
+    free_port,
+    live,
+    noise,
+    of_kind,
+    quick,
+    send_claps,
+    times,
+    wait_for,
+)
+
+from flashtalk_cli.config import Encoding
+from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.ffmpeg import find_ffmpeg
+from flashtalk_cli.media.live import encoder as encoder_module
+from flashtalk_cli.media.live.encoder import LiveEncoder, check_targets
+from flashtalk_cli.media.live.supervise import Sink
+from flashtalk_cli.media.live.targets import parse_target
+from flashtalk_cli.media.live.units import US_PER_S, frame_time_us, packet_time_us
+from flashtalk_cli.media.part_file import part_path
+from flashtalk_cli.media.probe import probe
+
+N_FRAMES = 3 * CLAP_FRAMES + 7  # not a whole number of pieces, groups or packets
+
+
+def n_frames(path: Path | str) -> int:
+    found = probe(Path(path)).video
+    assert found is not None
+    return found.n_frames
+
+
+def send_for_ever(encoder: LiveEncoder) -> None:
+    while True:
+        encoder.write(*noise(0, 5))
+
+
+@contextmanager
+def drained(path: Path) -> Iterator[int]:
+    """The writing end of a pipe whose other end is copied to a file."""
+    read_end, write_end = os.pipe()
+    reader = threading.Thread(target=lambda: path.write_bytes(os.fdopen(read_end, "rb").read()))
+    reader.start()
+    try:
+        yield write_end
+    finally:
+        os.close(write_end)
+        reader.join()
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_recording_has_every_frame_with_its_sound(tmp_path, suffix):
+    """It appears under its name only when whole, with its comment, the encoder's delay before 0."""
+    output = tmp_path / f"strange name: 100%{suffix}"
+    with live([parse_target("file", str(output))], comment="made by a test") as encoder:
+        send_claps(encoder, 0, N_FRAMES)
+        wait_for(lambda: encoder.frames_coded > CLAP_FRAMES)
+        assert not output.exists()
+        assert encoder.end(10)
+        assert encoder.statistics()[0].state == "ended"
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    found = probe(output)
+    assert found.video.n_frames == N_FRAMES
+    assert found.video.start_s == pytest.approx(0, abs=0.001)
+    assert found.audio.end_s == pytest.approx(N_FRAMES / FPS, abs=0.03)
+    assert found.tags["comment"] == "made by a test"
+    check_claps(output, 3)
+
+
+def test_two_channels_stay_apart(tmp_path):
+    frames, _ = claps(0, 25)
+    samples = np.stack([np.zeros(25 * PER_FRAME), 0.5 * np.sin(np.arange(25 * PER_FRAME) * 0.1)], axis=1)
+    with live([parse_target("file", str(tmp_path / "two.mkv"))], n_channels=2) as encoder:
+        encoder.write(frames, samples.astype(np.float32))
+        assert encoder.end(10)
+    words = [find_ffmpeg(), "-v", "error", "-i", str(tmp_path / "two.mkv"), "-f", "f32le", "-"]
+    heard = np.frombuffer(subprocess.run(words, capture_output=True, check=True).stdout, "<f4").reshape(-1, 2)
+    left, right = np.abs(heard).mean(axis=0)
+    assert left < 0.01 < 0.2 < right
+
+
+def test_segments_play_while_they_come_and_end_with_their_last(tmp_path):
+    """The folder is made, an earlier run's playlist is gone, and the last line closes the list."""
+    folder = tmp_path / "hls 100%"
+    folder.mkdir()
+    for name in ("index.m3u8", "segment-000099.ts", "mine.txt"):
+        (folder / name).write_text("old")
+    playlist = folder / "index.m3u8"
+    with live([parse_target("hls", str(folder))]) as encoder:
+        assert sorted(path.name for path in folder.iterdir()) == ["mine.txt"]
+        send_claps(encoder, 0, 6 * CLAP_FRAMES)
+        wait_for(playlist.exists)
+        assert "ENDLIST" not in playlist.read_text()
+        assert n_frames(folder / "segment-000000.ts") == 2 * FPS
+        assert encoder.end(10)
+    assert playlist.read_text().splitlines()[-1] == "#EXT-X-ENDLIST"
+    check_claps(playlist, 6)
+
+
+def test_segments_go_on_when_their_writer_is_killed(tmp_path):
+    told: list[str] = []
+    playlist = tmp_path / "hls" / "index.m3u8"
+    with live([parse_target("hls", str(playlist.parent))], told) as encoder:
+        send_claps(encoder, 0, 125)
+        wait_for(lambda: of_kind(encoder, "hls").state == "live" and playlist.exists())
+        os.kill(encoder.sink_pids[0], signal.SIGKILL)
+        send_claps(encoder, 125, 125)
+        wait_for(lambda: of_kind(encoder, "hls").reconnects == 1 and of_kind(encoder, "hls").state == "live")
+        send_claps(encoder, 250, 125)
+        assert encoder.end(10)
+    text = playlist.read_text()
+    assert text.count("DISCONTINUITY\n") == 1
+    assert text.count("segment-") == len(set(line for line in text.splitlines() if "segment-" in line)) >= 4
+    assert len(told) == 2
+    assert "SIGKILL" in told[0]
+    assert "back after" in told[1]
+
+
+def test_standard_output_is_a_stream_that_plays_from_its_start(tmp_path):
+    with drained(tmp_path / "out.ts") as pipe, live([parse_target("stdout", "-")], stdout=pipe) as encoder:
+        send_claps(encoder, 0, N_FRAMES)
+        assert encoder.end(10)
+    assert n_frames(tmp_path / "out.ts") == N_FRAMES
+    check_claps(tmp_path / "out.ts", 3)
+
+
+def test_a_reader_that_goes_away_ends_only_its_output(tmp_path):
+    read_end, write_end = os.pipe()
+    targets = [parse_target("stdout", "-"), parse_target("file", str(tmp_path / "kept.mkv"))]
+    told: list[str] = []
+    with live(targets, told, stdout=write_end) as encoder:
+        encoder.write(*claps(0, 25))
+        assert os.read(read_end, 1) == b"G"  # an MPEG-TS packet's first byte
+        os.close(read_end)
+        for first in range(25, 500, 25):
+            encoder.write(*noise(first, 25))
+        wait_for(lambda: of_kind(encoder, "stdout").state == "failed")
+        assert not encoder.end(10)
+    os.close(write_end)
+    assert n_frames(tmp_path / "kept.mkv") == 500
+    assert len(told) == 1
+    assert "standard output" in told[0]
+
+
+def test_no_output_left_is_an_error():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with (
+        live([parse_target("stdout", "-")], stdout=write_end) as encoder,
+        pytest.raises(OutputError, match="no output is left"),
+    ):
+        send_for_ever(encoder)
+    os.close(write_end)
+
+
+@pytest.mark.parametrize("scheme", ["srt", "udp"])
+def test_datagrams_arrive(tmp_path, scheme):
+    """SRT with a passphrase, MPEG-TS over UDP: played back by ffmpeg, in step."""
+    port, output = free_port(), tmp_path / "arrived.mkv"
+    secret = "passphrase=correct-horse-battery&" if scheme == "srt" else ""
+    source = {
+        "srt": f"srt://127.0.0.1:{port}?{secret}mode=listener",
+        "udp": f"udp://127.0.0.1:{port}?timeout=2000000",
+    }
+    words = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", source[scheme], "-c", "copy", str(output)]
+    receiver = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    address = f"{scheme}://127.0.0.1:{port}" + (f"?{secret}latency=20" if secret else "")
+    try:
+        with live([parse_target(scheme, address)]) as encoder:
+            time.sleep(0.3)
+            start = time.monotonic()
+            for at in range(0, 4 * CLAP_FRAMES, 5):  # SRT drops what comes too fast
+                encoder.write(*claps(at, 5))
+                time.sleep(max(0.0, start + (at + 5) / FPS / 2 - time.monotonic()))
+            assert encoder.end(10)
+            assert encoder.statistics()[0].reconnects <= 2
+        receiver.wait(10)
+    finally:
+        receiver.kill()
+    assert n_frames(output) > 2 * CLAP_FRAMES
+    shown, heard = times(output, "v"), times(output, "a")
+    assert abs(shown[0] - heard[0]) < 0.1
+    assert len(set(np.diff(shown).round(2))) == 1  # no picture is missing in between
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_the_encoder_is_started_again_and_nothing_is_lost(tmp_path, number):
+    """Times go on where they were: the recording has every frame and every clap in its place."""
+    told: list[str] = []
+    targets = [parse_target("file", str(tmp_path / "kept.mp4")), parse_target("hls", str(tmp_path / "hls"))]
+    n_times = 1 if number == signal.SIGSTOP else 2
+    with live(targets, told, policy=quick(stall_s=3.0)) as encoder:
+        send_claps(encoder, 0, 60)
+        for at in range(n_times):
+            os.kill(encoder.pid, number)
+            send_claps(encoder, 60 + 60 * at, 60)
+            wait_for(lambda at=at: encoder.encoder_restarts == at + 1)
+        assert encoder.end(10), (told, encoder.statistics())
+    assert len(told) == n_times
+    assert all("encoder ended" in line for line in told)
+    shown = times(tmp_path / "kept.mp4", "v")
+    assert shown == pytest.approx([at / FPS for at in range(60 + 60 * n_times)], abs=1e-6)
+    heard = times(tmp_path / "kept.mp4", "a")
+    assert np.diff(heard) == pytest.approx(1024 / 48_000, abs=1e-6)
+    n_claps = 5 if number == signal.SIGSTOP else 7
+    check_claps(tmp_path / "kept.mp4", n_claps)
+    check_claps(tmp_path / "hls" / "index.m3u8", n_claps)
+
+
+def test_an_encoder_that_never_works_is_an_error(tmp_path, monkeypatch):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\necho 'no such luck' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    output = tmp_path / "x.mp4"
+    monkeypatch.setattr("flashtalk_cli.media.live.commands.find_ffmpeg", lambda: str(broken))
+    with live([parse_target("file", str(output))]) as encoder, pytest.raises(OutputError) as raised:
+        send_for_ever(encoder)
+    assert "no such luck" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.glob("x.mp4*"))
+
+
+@pytest.mark.parametrize(
+    "ticks", [2**33 / 90_000, 2**31 / 1000, 2**32 / 1000], ids=["26.5h", "24.8d", "49.7d"]
+)
+def test_a_run_of_days_goes_on_over_the_wraps(tmp_path, monkeypatch, ticks):
+    """Started two seconds before 33 bits of 90 kHz, or 31 and 32 bits of milliseconds, are full."""
+    start_frame = round((ticks - 2) * FPS)
+    ahead_us = frame_time_us(start_frame, FPS)
+    monkeypatch.setattr(encoder_module, "frame_time_us", lambda n, fps: frame_time_us(n, fps) + ahead_us)
+    monkeypatch.setattr(encoder_module, "packet_time_us", lambda n: packet_time_us(n) + ahead_us)
+    monkeypatch.setattr(Sink, "_origin_us", lambda *_: 0)  # as if connected at the very start
+    told: list[str] = []
+    targets = [parse_target("file", str(tmp_path / f"long.{kind}")) for kind in ("mp4", "mkv")]
+    targets += [parse_target("stdout", "-"), parse_target("hls", str(tmp_path / "hls"))]
+    with drained(tmp_path / "long.ts") as pipe, live(targets, told, stdout=pipe) as encoder:
+        send_claps(encoder, start_frame, 6 * CLAP_FRAMES)
+        assert encoder.end(10), encoder.statistics()
+    assert told == []
+    for name in ("long.mp4", "long.mkv", "long.ts", "hls/index.m3u8"):
+        shown, heard = times(tmp_path / name, "v"), times(tmp_path / name, "a")
+        assert np.diff(shown) == pytest.approx(1 / FPS, abs=0.0011), name
+        assert np.diff(heard) == pytest.approx(1024 / 48_000, abs=0.0011), name
+        check_claps(tmp_path / name, 6)
+    assert times(tmp_path / "long.mp4", "v")[-1] * US_PER_S == pytest.approx(ahead_us + 149 * 40_000, abs=1)
+
+
+def test_what_is_aborted_stays_as_a_part_that_plays(tmp_path):
+    output = tmp_path / "cut.mp4"
+    with live([parse_target("file", str(output))]) as encoder:
+        send_claps(encoder, 0, 200)
+        wait_for(lambda: part_path(output).stat().st_size > 2000)
+    assert not output.exists()
+    assert n_frames(part_path(output)) >= 50
+    with pytest.raises(OutputError):
+        encoder.write(*claps(0, 1))
+
+
+def test_a_run_without_a_frame_leaves_nothing(tmp_path):
+    with live([parse_target("file", str(tmp_path / "x.mp4"))]):
+        pass
+    with live([parse_target("file", str(tmp_path / "y.mp4"))]) as encoder:
+        encoder.end(5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_ends_the_recording_and_nothing_else(tmp_path):
+    """The writer's file size limit stands for the disk; what was written stays and plays."""
+    from resource import RLIM_INFINITY, RLIMIT_FSIZE, prlimit
+
+    told: list[str] = []
+    targets = [parse_target("file", str(tmp_path / "big.mkv")), parse_target("hls", str(tmp_path / "hls"))]
+    with live(targets, told) as encoder:
+        for first in range(0, 750, 25):
+            if first == 100:
+                wait_for(lambda: encoder.sink_pids[0] is not None)
+                prlimit(encoder.sink_pids[0], RLIMIT_FSIZE, (1_000_000, RLIM_INFINITY))
+            assert encoder.write(*noise(first, 25), limit_s=10)
+        wait_for(lambda: of_kind(encoder, "file").state == "failed")
+        assert not encoder.end(10)
+        assert of_kind(encoder, "hls").state == "ended"
+    assert not (tmp_path / "big.mkv").exists()
+    assert n_frames(tmp_path / "big.mkv.part") > 25
+    assert len(told) == 1
+    assert "big.mkv.part" in told[0]
+
+
+def test_no_room_is_said_within_the_limit_and_nothing_is_taken(tmp_path):
+    with live([parse_target("file", str(tmp_path / "x.mkv"))]) as encoder:
+        os.kill(encoder.pid, signal.SIGSTOP)
+        taken = at = 0
+        while encoder.write(*claps(at, 5), limit_s=0.2):
+            taken, at = taken + 5, at + 5
+            assert taken < 100, "not bounded"
+        os.kill(encoder.pid, signal.SIGCONT)
+        assert encoder.end(10)
+    assert n_frames(tmp_path / "x.mkv") == taken
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_created(tmp_path):
+    (tmp_path / "taken.mp4").touch()
+    (tmp_path / "plain").touch()
+    file = parse_target("file", str(tmp_path / "x.mp4"))
+    for targets, encoding, word in (
+        ([parse_target("file", str(tmp_path / "taken.mp4"))], Encoding(), "exists"),
+        ([parse_target("file", str(tmp_path / "no" / "x.mp4"))], Encoding(), "does not exist"),
+        ([parse_target("hls", str(tmp_path / "plain"))], Encoding(), "not a folder"),
+        ([parse_target("hls", str(tmp_path / "no" / "hls"))], Encoding(), "does not exist"),
+        ([file, file], Encoding(), "twice"),
+        ([file], Encoding(codec="libx265"), "H.264"),
+        ([file], Encoding(crf=60), "crf"),
+    ):
+        with pytest.raises(OutputError, match=word) as raised:
+            check_targets(targets, encoding, SIDE_PX, SIDE_PX)
+        assert "\n" not in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "taken.mp4"]
+
+
+@pytest.mark.slow
+def test_sound_and_picture_are_as_close_after_ten_minutes(tmp_path):
+    with live([parse_target("file", str(tmp_path / "long.mp4"))]) as encoder:
+        send_claps(encoder, 0, 600 * FPS, piece=25)
+        assert encoder.end(30)
+    check_claps(tmp_path / "long.mp4", 600)
