@@ -104,7 +104,7 @@ def test_evaluation_writes_a_table_and_pictures(trained: Path) -> None:
         "--student",
         trained / "student",
     ]
-    assert flashtalk(trained, "eval", out, *arguments) == 0
+    assert flashtalk(trained, "eval", out, *arguments, "--gpus", 2) == 0
     found = json.loads((out / "eval.json").read_text())
     names = [result["name"] for result in found["results"]]
     assert names == [

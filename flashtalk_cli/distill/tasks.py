@@ -125,8 +125,8 @@ def export_run(work: Work) -> int:
 
 
 def evaluate(work: Work) -> int:
-    """`train eval`: teacher and students on held-out people."""
-    job, device = work.job, work.ranks.device
+    """`train eval`: teacher and students on held-out people, the candidates spread over the ranks."""
+    job, ranks, device = work.job, work.ranks, work.ranks.device
     plan, fps = job.preset.evaluation, job.base.sampling.fps
     assert job.source is not None
     started_s = time.monotonic()
@@ -143,14 +143,20 @@ def evaluate(work: Work) -> int:
 
     reference = Reference.of(panel.pictures, encoders.image, device)
     bench = Bench(panel, vae, reference, plan, work.stop, told)
-    results = []
+    mine = []
     try:
-        for candidate in candidates:
-            work.say("eval", candidate.name)
-            results.append(bench.run(candidate))
+        for place in range(ranks.rank, len(candidates), ranks.size):
+            work.say("eval", candidates[place].name)
+            mine.append((place, bench.run(candidates[place])))
     except Interrupted:
+        mine = []
+    if ranks.any(work.stop.is_set()):
         work.emitter.emit("interrupted", path=None)
         return INTERRUPTED_EXIT_CODE
+    found = dict(pair for some in ranks.to_leader(mine) for pair in some)
+    if not ranks.leads:
+        return 0
+    results = [found[place] for place in range(len(candidates))]
     about = {"preset": job.preset.name, "evaluation": plan.model_dump(), "device": device_name(device)}
     path = write_report(job.out, results, of_truth(panel, fps), panel, about)
     work.emitter.emit("done", path=path, elapsed_s=time.monotonic() - started_s)
