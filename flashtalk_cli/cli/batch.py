@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from flashtalk_cli import launch, log
 from flashtalk_cli.batch.clip import Clip, Setup
+from flashtalk_cli.batch.cluster import RayReplica, connected
 from flashtalk_cli.batch.replica import LocalReplica, Replica
 from flashtalk_cli.batch.run import Crew, Record
 from flashtalk_cli.cli.batch_display import choose, show_summary
@@ -15,8 +15,8 @@ from flashtalk_cli.cli.display import Display, one_line
 from flashtalk_cli.cli.machine import probe
 from flashtalk_cli.cli.manifest import plan
 from flashtalk_cli.cli.request import Request, preset_of
-from flashtalk_cli.config import Compute
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, ClipsError, DeviceError
+from flashtalk_cli.config import Compute, Preset
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, ClipsError, DeviceError, UsageError
 from flashtalk_cli.events import event
 from flashtalk_cli.models.folder import resolve
 
@@ -50,20 +50,33 @@ def _work(
     first = clips[0].preset
     resolve(first.model.name, first.model.speech_encoder, random=first.model.weights == "random")
     n_replicas = min(replicas, len(clips))
-    crew: Sequence[Replica]
-    with launch.stop_requests() as requests:
-        if ray is not None:
-            from flashtalk_cli.batch.cluster import cluster
-
-            processes = 1 if first.compute.gpus == "all" else first.compute.gpus
-            with cluster(ray, Setup.of(clips, processes, debug), n_replicas, requests) as crew:
-                return Crew(crew, clips, record, requests).run()
-        setup = Setup.of(clips, processes_each(first.compute, n_replicas), debug)
-        crew = [
-            LocalReplica(setup, launch.Share(number, n_replicas), requests, record.show, display.log)
+    # Ray first: it would put a handler of its own in the place of ours.
+    with connected(ray) if ray else nullcontext(), launch.stop_requests() as requests:
+        setup = Setup.of(clips, _processes(first.compute, n_replicas, ray), debug)
+        setup = setup.model_copy(update={"preset": _from_anywhere(setup.preset)})
+        crew: list[Replica] = [
+            RayReplica(setup, number, requests, record.show)
+            if ray
+            else LocalReplica(setup, launch.Share(number, n_replicas), requests, record.show, display.log)
             for number in range(n_replicas)
         ]
         return Crew(crew, clips, record, requests).run()
+
+
+def _from_anywhere(preset: Preset) -> Preset:
+    """The same with absolute paths: a replica may have another working folder."""
+    given = {"name": preset.model.name, "speech_encoder": preset.model.speech_encoder}
+    paths = {key: str(Path(text).absolute()) for key, text in given.items() if text and Path(text).is_dir()}
+    return preset.model_copy(update={"model": preset.model.model_copy(update=paths)})
+
+
+def _processes(compute: Compute, n_replicas: int, ray: str | None) -> int:
+    """Processes of a replica, here or on a cluster."""
+    if not ray:
+        return processes_each(compute, n_replicas)
+    if compute.gpus == "all":
+        raise UsageError("--gpus all: with --ray, say how many GPUs each replica gets")
+    return compute.gpus
 
 
 def processes_each(compute: Compute, replicas: int) -> int:
