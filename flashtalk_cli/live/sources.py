@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import select
 import sys
 import threading
 from collections.abc import Callable
@@ -174,8 +175,11 @@ class StdinSource(Source):
         """Read to the end."""
         decoder = Decoder(self._pcm)
         block_bytes = round(BLOCK_S * self._pcm.rate_hz) * decoder.frame_bytes
-        while not self.closed.is_set() and (data := os.read(self._descriptor, block_bytes)):
-            self.add(decoder.decode(data))
+        while not self.closed.is_set():
+            if select.select([self._descriptor], [], [], ROOM_S)[0]:
+                if not (data := os.read(self._descriptor, block_bytes)):
+                    break
+                self.add(decoder.decode(data))
         if not self.closed.is_set():
             self.add(decoder.finish())
 
