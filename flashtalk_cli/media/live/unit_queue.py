@@ -33,10 +33,10 @@ class UnitQueue:
     def put(self, unit: Unit, limit_s: float) -> bool:
         """Add a unit. False if a lossless queue had no room for `limit_s` seconds: nothing is added then."""
         with self._changed:
-            if self._closed:
-                return True
             if self._lossless and not self._changed.wait_for(self._has_room, limit_s):
                 return False
+            if self._closed:
+                return True
             self.newest_us = max(self.newest_us, unit.time_us)
             self._whole |= unit.is_key
             if not self._whole:
