@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 
 import torch
+from rank_checks import StandIn
 from torch import Tensor
 
 from flashtalk_cli import worker
@@ -33,26 +33,6 @@ def fail(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def inputs(here: Worker) -> tuple[Tensor, Tensor, Tensor]:
-    """Picture, prompt and picture tokens that need no encoder: nothing else would take as long to load."""
-    canvas = here.preset.canvas
-    picture = torch.linspace(-1, 1, canvas.width_px).expand(3, canvas.height_px, -1)
-    sizes = here.folder.config()
-    return picture, torch.zeros(3, sizes["text_dim"]), torch.zeros(1, 5, sizes["image_dim"])
-
-
-def hearing(here: Worker) -> Callable[[int], Tensor]:
-    """Silence, chunk after chunk."""
-    sizes = here.folder.config()
-
-    def windows(index: int) -> Tensor:
-        if index:
-            here.ranks.pulse.round()
-        return torch.zeros(1, here.preset.sampling.chunk_frames, 5, sizes["audio_layers"], sizes["audio_dim"])
-
-    return windows
-
-
 def loading(here: Worker) -> object:
     """Load the models, after saying the process ids of all ranks; rank 1's attention fails once it is warm."""
     pids = here.ranks.to_leader(os.getpid())
@@ -70,5 +50,5 @@ def loading(here: Worker) -> object:
 
 if __name__ == "__main__":
     load_models, Worker.load_models = Worker.load_models, loading
-    Worker.inputs, Worker.hearing = inputs, hearing
+    Worker.inputs, Worker.hearing = StandIn.inputs, StandIn.hearing
     sys.exit(worker.main(sys.argv[1:]))

@@ -1,13 +1,16 @@
-"""Several processes make what one makes: DiT, VAE, colours and whole chunks on gloo (parity, 1 to 4 ranks);
-every token and pixel is somebody's, once (property); and the command line with two ranks (contract)."""
+"""Several processes make what one makes: DiT, VAE, colours, chunk after chunk and whole renders on gloo
+(parity, 1 to 4 ranks, and 5 to 7 as threads); a render on two hosts through the command line (contract)."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -20,27 +23,30 @@ import soundfile
 import tiny_model
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fault_parent import SIZES
 from PIL import Image
+from thread_ranks import groups, on_ranks
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.nn import functional as F
 
-from flashtalk_cli import launch
-from flashtalk_cli.config import Compute, RenderJob, Speech
-from flashtalk_cli.errors import ConfigError, ModelError, WorkerError
+from flashtalk_cli.config import RenderJob
+from flashtalk_cli.errors import WorkerError
+from flashtalk_cli.events import Emitter
+from flashtalk_cli.media.audio import prepare_speech
 from flashtalk_cli.media.ffmpeg import find_ffmpeg
-from flashtalk_cli.parallel.mesh import choose_sequence
+from flashtalk_cli.parallel.mesh import Mesh
 from flashtalk_cli.parallel.ranks import Ranks
-from flashtalk_cli.parallel.sequence import run_length, span, ulysses_degree
-from flashtalk_cli.parallel.spatial import Grid, choose_grid
+from flashtalk_cli.parallel.sequence import UlyssesRing
+from flashtalk_cli.parallel.spatial import TileGrid
+from flashtalk_cli.parallel.split import Split
 from flashtalk_cli.presets import Override, load
+from flashtalk_cli.rendering import Worker, render
 from flashtalk_cli.torchrun import cause, death
 
 ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
 TOLERANCE = 1e-5
+DRIFT = 1e-4  # after LONG_CHUNKS chunks, relative; measured 4e-6 with 2 to 4 ranks
 
 Results = Callable[..., list[dict[str, Tensor]]]
 
@@ -57,14 +63,23 @@ def rank_main(rank: int, size: int, kind: str, folder: Path) -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(device, size, rank)
-    torch.save(rank_checks.everything(ranks), folder / f"{kind}-{size}-{rank}.pt")
+    torch.save(rank_checks.everything(ranks, folder), folder / f"{kind}-{size}-{rank}.pt")
     ranks.leave()
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank of a group of so many came to, on a kind of device; every group is started once."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's sizes and a sound; renders and results come into it."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(SIZES))
+    soundfile.write(folder / "s.wav", 0.2 * np.sin(np.arange(16_000) / 30), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(folder: Path) -> Results:
+    """What each rank of a group of so many came to, on a kind of device; every group is started once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rank_checks"])
 
@@ -128,6 +143,15 @@ def same(ranks: list[dict[str, Tensor]], alone: dict[str, Tensor], part: str, to
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_do_not_drift_from_one(size: int, results: Results) -> None:
+    """Parity: each chunk begins where the last one ended, and after ten the latents are still one process's."""
+    name = f"session {rank_checks.CANVASES[1]} motion"
+    found, one = results(size)[0][name], results(1)[0][name]
+    assert len(one) == rank_checks.LONG_CHUNKS
+    assert relative(found[-1], one[-1]) < DRIFT
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_agree_to_the_bit(size: int, results: Results) -> None:
     """Contract: what is whole on every rank is the same there, so ranks cannot drift apart."""
     first, *others = results(size)
@@ -144,91 +168,68 @@ def test_what_one_makes_is_worth_comparing(results: Results) -> None:
             assert x.float().std() > 1e-3, name
 
 
-# Every token and pixel is somebody's, once
+@pytest.mark.parametrize("size", [5, 6, 7])
+def test_any_count_of_ranks_makes_what_one_makes(size: int, results: Results) -> None:
+    """Parity: counts that nothing divides by, as threads."""
+    made: dict[Split, list[Mesh]] = {}
+    lock, device = threading.Lock(), torch.device("cpu")
+    for heads in rank_checks.HEADS:  # made before the threads, which share torch's random numbers
+        rank_checks.tiny_dit(heads, device)
+    rank_checks.tiny_vae(device)
+
+    def meshes(split: Split) -> list[Mesh]:
+        with lock:
+            if split not in made:
+                everyone = groups(size)
+                along = [groups(split.ulysses) for _ in range(split.ring)]
+                across = [groups(split.ring) for _ in range(split.ulysses)]
+                made[split] = [
+                    Mesh(
+                        UlyssesRing(
+                            everyone[rank],
+                            along[rank // split.ulysses][rank % split.ulysses],
+                            across[rank % split.ulysses][rank // split.ulysses],
+                        ),
+                        TileGrid(split.grid, everyone[rank]),
+                    )
+                    for rank in range(size)
+                ]
+            return made[split]
+
+    def work(rank: int) -> dict[str, Tensor]:
+        return rank_checks.parts(size, device, lambda split: meshes(split)[rank], rank_checks.LONG_CHUNKS)
+
+    same(on_ranks(size, work), results(1)[0], "", TOLERANCE)
 
 
-@settings(deadline=None)
-@given(st.integers(1, 500), st.integers(1, 64))
-def test_every_token_is_held_once(length: int, size: int) -> None:
-    """Property: spans are neighbouring runs in rank order, none longer than what all hold."""
-    spans = [span(length, size, rank) for rank in range(size)]
-    assert [token for start, stop in spans for token in range(start, stop)] == list(range(length))
-    assert max(stop - start for start, stop in spans) == run_length(length, size)
+# Whole renders
 
 
-@settings(deadline=None)
-@given(st.integers(1, 64), st.integers(1, 64))
-def test_ulysses_takes_all_that_divides(size: int, heads: int) -> None:
-    """Property: the chosen degree divides ranks and heads, and no larger one does."""
-    degrees = [n for n in range(1, size + 1) if size % n == 0 and heads % n == 0]
-    assert ulysses_degree(size, heads) == max(degrees)
+def frames_of(video: Path) -> np.ndarray:
+    """Decoded frames [T, n] of a video."""
+    raw = [find_ffmpeg(), "-v", "error", "-i", video, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    data = subprocess.run(raw, check=True, capture_output=True).stdout
+    return np.frombuffer(data, np.uint8).astype(int)
 
 
-sides = st.integers(1, 40)
+def same_frames(found: Path, expected: Path) -> None:
+    """Assert that two videos show the same but for roundings; a level in brightness is up to three in a colour."""
+    one, other = frames_of(expected), frames_of(found)
+    assert one.std() > 1
+    assert one.shape == other.shape
+    assert abs(one - other).max() <= 3
+    assert (one != other).mean() < 0.01
 
 
-@settings(deadline=None)
-@given(st.integers(1, 16), sides, sides, st.sampled_from([1, 8]))
-def test_every_pixel_is_in_one_tile(size: int, height: int, width: int, scale: int) -> None:
-    """Property: a chosen grid covers the picture once, no tile empty; else it says why it cannot."""
-    if not any(size % n == 0 and n <= height and size // n <= width for n in range(1, size + 1)):
-        with pytest.raises(ConfigError, match=f"^{size} GPUs cannot share a picture of {width} x {height} "):
-            choose_grid(size, height, width)
-        return
-    grid = choose_grid(size, height, width)
-    covered = torch.zeros(scale * height, scale * width, dtype=torch.int)
-    for rank in range(size):
-        tile = covered[grid.place(rank, scale)]
-        assert tile.numel() > 0
-        tile += 1
-    assert grid.size == size
-    assert (covered == 1).all()
-
-
-@pytest.mark.parametrize(
-    ("size", "shape"), [(2, (1, 2)), (4, (2, 2)), (6, (2, 3)), (8, (2, 4)), (7, (7, 1)), (1, (1, 1))]
-)
-def test_tiles_are_square_where_they_can_be(size: int, shape: tuple[int, int]) -> None:
-    """Golden: the grids of a wide picture, and of the same one upright."""
-    wide, tall = choose_grid(size, 56, 96), choose_grid(size, 96, 56)
-    assert (len(wide.heights), len(wide.widths)) == shape
-    assert (len(tall.widths), len(tall.heights)) == shape
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_halos_are_the_neighbours_pixels(data: st.DataObject) -> None:
-    """Property: for any cut, what is sent is what is awaited, and it is the picture around the tile."""
-    heights, widths = (tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))) for _ in "hw")
-    before, after = data.draw(st.sampled_from([(1, 1), (0, 1), (1, 0)]))
-    grid = Grid(heights, widths)
-    picture = torch.arange(1.0, 1 + sum(heights) * sum(widths)).view(sum(heights), sum(widths))
-    padded = F.pad(picture, (before, after, before, after))
-    mail: dict[tuple[int, int], Tensor] = {}
-    for rank in range(grid.size):
-        tile = picture[grid.place(rank)]
-        for other in grid.neighbours(rank, *tile.shape, before, after):
-            mail[rank, other.rank] = tile[other.sends]
-    for rank in range(grid.size):
-        rows, columns = grid.place(rank)
-        tile = picture[rows, columns]
-        surrounded = F.pad(tile, (before, after, before, after))
-        for other in grid.neighbours(rank, *tile.shape, before, after):
-            surrounded[other.fills] = mail.pop((other.rank, rank))
-        expected = padded[
-            rows.start : rows.stop + before + after, columns.start : columns.stop + before + after
-        ]
-        assert torch.equal(surrounded, expected)
-    assert not mail
-
-
-def test_a_degree_that_does_not_divide_is_refused() -> None:
-    """Contract: one line with the numbers, before any group is made."""
-    with pytest.raises(ConfigError, match=r"^compute.ulysses 3 does not divide 4 GPUs and 6 heads; 2 does$"):
-        choose_sequence(Ranks(torch.device("cpu"), 4, 0), 6, 3)
-
-
-# Through the command line and torchrun
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("canvas", rank_checks.RENDERS)
+def test_ranks_render_the_same_video(
+    size: int, canvas: tuple[int, int], results: Results, folder: Path
+) -> None:
+    """Parity: the file that rank 0 writes, losslessly coded, on canvases that no count divides."""
+    results(size), results(1)
+    width, height = canvas
+    same_frames(folder / f"{width}x{height}-{size}.mkv", folder / f"{width}x{height}-1.mkv")
 
 
 @pytest.fixture(scope="module")
@@ -242,70 +243,54 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def frames_of(place: Path, gpus: int) -> np.ndarray:
-    """Decoded frames [T, H, W, 3] of the video that so many processes render, losslessly coded."""
-    output = f"{gpus}.mp4"
-    command = [
-        "render",
-        "p.png",
-        "s.wav",
-        "-o",
-        output,
-        "--model",
-        "model",
-        "--size",
-        "80x64",
-        "--steps",
-        "2",
-    ]
-    command += ["--set", "sampling.chunk_frames=13", "--set", "hearing.context_s=2", "--crf", "0"]
-    command += ["--set", "precision.dit=float32", "--set", "precision.vae=float32"]
-    command += ["--device", "cpu", "--gpus", str(gpus)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "flashtalk_cli", *command], cwd=place, env=environment, check=True)
-    raw = [find_ffmpeg(), "-v", "error", "-i", place / output, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    data = subprocess.run(raw, check=True, capture_output=True).stdout
-    return np.frombuffer(data, np.uint8).reshape(-1, 64, 80, 3).astype(int)
+VALUES = {
+    **{"model.name": "model", "canvas.width_px": "80", "canvas.height_px": "64", "sampling.steps": "2"},
+    **{"sampling.chunk_frames": "13", "hearing.context_s": "2", "encoding.crf": "0"},
+    **{"precision.dit": "float32", "precision.vae": "float32", "compute.device": "cpu"},
+}
 
 
-def test_two_processes_render_the_same_video(place: Path) -> None:
-    """Contract: `--gpus 2` on the CPU, by torchrun and gloo, writes the frames of `--gpus 1`."""
-    one, two = frames_of(place, 1), frames_of(place, 2)
-    assert one.shape == two.shape == (16, 64, 80, 3)
-    assert one.std() > 1
-    assert abs(one - two).max() <= 3  # a level in brightness is up to three in a colour
-    assert (one != two).mean() < 0.01
+def rendered_here(place: Path) -> Path:
+    """The video that one process renders: this one."""
+    import yaml
 
-
-@pytest.mark.parametrize(
-    ("fault", "kind", "said"),
-    [
-        ("raises", ModelError, r"^rank 1 has its reason$"),
-        ("killed", WorkerError, r"^rank 1, process \d+, died of SIGKILL: most likely"),
-    ],
-)
-def test_a_rank_that_fails_ends_the_run_with_its_own_error(
-    fault: str, kind: type[Exception], said: str, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault: not with that of the rank that waited for it; and soon."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-    preset = load("mini", [Override("model.name", str(place / "model"), ""), Override("name", fault, "")])
+    values = {**VALUES, "model.name": str(place / "model")}
+    preset = load("mini", [Override(key, yaml.safe_load(value), "") for key, value in values.items()])
     job = RenderJob(
-        preset=preset.model_copy(update={"compute": Compute(device="cpu", gpus=2)}),
+        preset=preset,
         picture=place / "p.png",
-        speech=Speech(samples_path=place / "s.wav", n_samples=1, loudness_lufs=None),
+        speech=prepare_speech(place / "s.wav", place),
         audio=place / "s.wav",
-        output=None,
+        output=place / "one.mkv",
     )
+    assert render(Worker(job, Ranks(torch.device("cpu")), Emitter(None)), job, threading.Event(), 1) == 0
+    return place / "one.mkv"
 
-    def command(job_path: Path, socket_path: Path, debug: bool) -> list[str]:
-        arguments = ["flashtalk_cli.torchrun", "2", "rank_faults", str(job_path), str(socket_path)]
-        return [sys.executable, "-m", *arguments]
 
-    lines: list[str] = []
-    with pytest.raises(kind, match=said):
-        launch.run(job, lambda happened: None, command=command, on_log=lines.append)
-    assert not [line for line in lines if "Traceback" in line or "Signal" in line]
+def test_two_hosts_render_the_same_video(place: Path) -> None:
+    """Contract: the same command line on two hosts, here torchrun's two agents of this machine, over loopback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    sets = [word for key, value in VALUES.items() for word in ("--set", f"{key}={value}")]
+    command = ["render", "p.png", "s.wav", "-o", "two.mkv", *sets, "--nnodes", "2"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--node-rank"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "flashtalk_cli", *command, str(index)],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    expected = rendered_here(place)
+    said = [host.communicate(timeout=SPAWN_S)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], said
+    assert "done:" in said[0]
+    assert "done:" not in said[1]
+    same_frames(place / "two.mkv", expected)
 
 
 def test_the_killed_rank_is_the_cause() -> None:
@@ -316,4 +301,8 @@ def test_the_killed_rank_is_the_cause() -> None:
         2: ProcessFailure(2, 12, -signal.SIGKILL, "none"),
     }
     rank, failure = cause(failures)
-    assert death(rank, failure).startswith("rank 2, process 12, died of SIGKILL")
+    assert death(rank, failure, Path("logs")).startswith(
+        f"rank 2 on {socket.gethostname()}, process 12, died of"
+    )
+    assert death(rank, failure, Path("logs")).endswith("out of memory; its log: logs/rank-2.log")
+    assert death(rank, ProcessFailure(0, 10, -signal.SIGSEGV, "none"), None).endswith("died of SIGSEGV")

@@ -1,0 +1,104 @@
+"""xfuser as the engine of self-attention: what it is asked for and what is refused (contract, with a stand-in for
+the package), and that it computes what torch's collectives do (parity, on GPUs)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import rank_engines
+import torch
+import torch.multiprocessing as multiprocessing
+from thread_ranks import groups
+from torch import Tensor
+
+from flashtalk_cli.errors import ConfigError, DeviceError
+from flashtalk_cli.models.attention import SDPA
+from flashtalk_cli.parallel.sequence import UlyssesRing
+from flashtalk_cli.parallel.xfuser import KERNELS, xfuser_ring
+
+GPU = torch.device("cuda", 0)
+
+
+def ring_of(ulysses: int, ring: int) -> UlyssesRing:
+    return UlyssesRing(groups(ulysses * ring)[0], groups(ulysses)[0], groups(ring)[0])
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A stand-in for xfuser that notes what it is asked for, and gives its queries back."""
+    found: dict[str, Any] = {}
+
+    class Layer:
+        def __init__(self, **options: Any) -> None:
+            found["layer"] = options
+
+        def __call__(self, module: None, *, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            assert query.is_contiguous()
+            return query
+
+    def module(name: str, **members: Any) -> None:
+        made = ModuleType(name)
+        made.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    module("xfuser")
+    module("xfuser.core")
+    module(
+        "xfuser.core.distributed",
+        init_distributed_environment=lambda **given: found.update(world=given),
+        initialize_model_parallel=lambda **given: found.update(degrees=given),
+    )
+    module("xfuser.core.long_ctx_attention", xFuserLongContextAttention=Layer)
+    module("yunchang")
+    module("yunchang.kernels", AttnType={name: f"their {name}" for name in KERNELS.values()})
+    return found
+
+
+def test_xfuser_is_asked_for_our_degrees_and_kernel(asked: dict[str, Any]) -> None:
+    """Contract: packed queries, keys and values; tokens that divide go in as they are held."""
+    made = xfuser_ring(ring_of(2, 2), GPU, "sdpa")
+    assert asked["world"] == {"world_size": 4, "rank": 0, "local_rank": 0}
+    assert asked["degrees"] == {"sequence_parallel_degree": 4, "ulysses_degree": 2, "ring_degree": 2}
+    assert asked["layer"] == {"use_pack_qkv": True, "attn_type": "their TORCH_FLASH"}
+    q = torch.randn(1, 3, 4, 8)
+    assert torch.equal(made.attend(SDPA, q, q, q, 12), q)
+    assert made.everyone.traffic.begun == 1
+
+
+def test_padding_is_refused(asked: dict[str, Any]) -> None:
+    """Contract: it would be attended to."""
+    made = xfuser_ring(ring_of(2, 2), GPU, "flash")
+    q = torch.randn(1, 3, 4, 8)
+    with pytest.raises(ConfigError, match="11 tokens do not divide by 4 GPUs"):
+        made.attend(SDPA, q, q, q, 11)
+
+
+def test_what_xfuser_cannot_do_is_refused(asked: dict[str, Any]) -> None:
+    """Contract: in one line with the mend, before any group is made."""
+    with pytest.raises(DeviceError, match=r"a ring of 2 with compute\.attention cudnn: take sdpa"):
+        xfuser_ring(ring_of(1, 2), GPU, "cudnn")
+    with pytest.raises(DeviceError, match="needs GPUs"):
+        xfuser_ring(ring_of(2, 1), torch.device("cpu"), "sdpa")
+    assert "world" not in asked
+
+
+def test_a_missing_xfuser_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: with what installs it."""
+    monkeypatch.setitem(sys.modules, "xfuser", None)
+    with pytest.raises(DeviceError, match=r"pip install 'flashtalk\[gpu\]'"):
+        xfuser_ring(ring_of(2, 1), GPU, "sdpa")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ulysses", [2, 1])
+def test_both_engines_compute_the_same(ulysses: int, tmp_path: Path) -> None:
+    """Parity: to bfloat16's noise, for heads swapped and for a ring; prints the time of each."""
+    pytest.importorskip("xfuser")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    options = SimpleNamespace(store=f"file://{tmp_path / 'store'}", ulysses=ulysses)
+    multiprocessing.spawn(rank_engines.compare, (options,), nprocs=2)

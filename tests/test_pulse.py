@@ -1,0 +1,206 @@
+"""Who hangs, held by an invented clock: the judge names a silent and a stuck rank in seconds once a run is warm,
+never while it loads, rests, or was stopped itself (golden and property); beats travel by a store (contract)."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashtalk_cli.parallel import pulse
+from flashtalk_cli.parallel.pulse import (
+    BEAT_S,
+    FIRST_S,
+    SILENT_S,
+    STUCK_GAPS,
+    STUCK_S,
+    Beat,
+    Judge,
+    Pulse,
+    Verdict,
+)
+from flashtalk_cli.parallel.traffic import Traffic
+
+SIZE = 3
+
+
+@dataclass
+class Run:
+    """Ranks whose beats are told, second by second, to a judge."""
+
+    judge: Judge = field(default_factory=lambda: Judge(SIZE))
+    now_s: float = 100.0
+    beats: list[Beat] = field(
+        default_factory=lambda: [Beat(f"host-{rank // 2}", f"log-{rank}") for rank in range(SIZE)]
+    )
+
+    def warm(self, gap_s: float = BEAT_S, rounds: int = pulse.WARM_ROUNDS) -> Run:
+        """Rounds with so long a gap between exchanges."""
+        self.go_on(1.0)
+        for _ in range(rounds):
+            assert self.go_on(gap_s, moving=()) is None
+            assert self.go_on(2.0) is None
+            self.beats = [replace(beat, rounds=beat.rounds + 1) for beat in self.beats]
+        return self
+
+    def go_on(
+        self, for_s: float, moving: tuple[int, ...] = (0, 1, 2), beating: tuple[int, ...] = (0, 1, 2)
+    ) -> Verdict | None:
+        """Let time pass; the verdict, if there is one before it is over."""
+        until_s = self.now_s + for_s
+        while self.now_s < until_s:
+            self.now_s += BEAT_S
+            for rank in beating:
+                beat = self.beats[rank]
+                self.beats[rank] = replace(beat, count=beat.count + 1, begun=beat.begun + (rank in moving))
+            if verdict := self.judge.look(list(self.beats), self.now_s):
+                return verdict
+        return None
+
+
+def test_a_silent_rank_is_named() -> None:
+    """Golden: stopped, or its host gone; whoever waits for it is not."""
+    run = Run().warm()
+    begin_s = run.now_s
+    verdict = run.go_on(60, moving=(0,), beating=(0, 1))
+    assert verdict
+    assert verdict.text.startswith(f"rank 2 on host-1 gave no sign of life for {SILENT_S + 0.5:.0f} s")
+    assert verdict.text.endswith("its log: log-2")
+    assert run.now_s - begin_s < SILENT_S + 2 * BEAT_S
+
+
+def test_the_rank_that_the_others_wait_for_is_named() -> None:
+    """Golden: it began the fewest exchanges."""
+    run = Run().warm()
+    run.go_on(BEAT_S, moving=(0, 2))
+    begin_s = run.now_s
+    verdict = run.go_on(60, moving=())
+    assert verdict
+    assert verdict.text.startswith("rank 1 on host-0 hangs: the others have waited ")
+    assert run.now_s - begin_s < STUCK_S + 2 * BEAT_S
+
+
+def test_where_all_wait_in_one_exchange_the_network_is_blamed() -> None:
+    """Golden: nobody is behind."""
+    verdict = Run().warm().go_on(60, moving=())
+    assert verdict
+    assert "all 3 ranks (host-0, host-1)" in verdict.text
+
+
+@pytest.mark.parametrize("rounds", range(pulse.WARM_ROUNDS))
+def test_first_rounds_may_take_long(rounds: int) -> None:
+    """Contract: what compiles, loads or tunes for minutes trips nothing; without end, it does."""
+    run = Run().warm(rounds=rounds)
+    assert run.go_on(FIRST_S - 10, moving=()) is None
+    assert run.go_on(20, moving=()) is not None
+
+
+def test_a_rank_may_be_silent_while_libraries_load() -> None:
+    """Contract: before the first round is over."""
+    run = Run()
+    run.go_on(1.0)
+    assert run.go_on(FIRST_S - 10, moving=(0, 1), beating=(0, 1)) is None
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(0.5, 30))
+def test_what_is_usual_is_no_hang(gap_s: float) -> None:
+    """Property: gaps that were seen in a warm round may come again, twice as long too; not for ever."""
+    run = Run().warm(gap_s, rounds=pulse.WARM_ROUNDS + 1)
+    assert run.go_on(2 * gap_s if gap_s > STUCK_S else STUCK_S - BEAT_S, moving=()) is None
+    begin_s = run.now_s
+    assert run.go_on(200, moving=()) is not None
+    assert run.now_s - begin_s <= max(STUCK_S, STUCK_GAPS * (gap_s + 2 * BEAT_S)) + 2 * BEAT_S
+
+
+def test_who_rests_is_not_stuck() -> None:
+    """Contract: a slow consumer of rank 0's frames stops all ranks, as long as it likes; then the clock starts."""
+    run = Run().warm()
+    run.beats[0] = replace(run.beats[0], resting=True)
+    assert run.go_on(1000, moving=()) is None
+    run.beats[0] = replace(run.beats[0], resting=False)
+    assert run.go_on(STUCK_S - BEAT_S, moving=()) is None
+    assert run.go_on(60, moving=()) is not None
+
+
+def test_a_judge_that_was_stopped_blames_nobody() -> None:
+    """Contract: after a pause of its own it looks anew."""
+    run = Run().warm()
+    run.now_s += 1000
+    assert run.go_on(SILENT_S - BEAT_S, moving=()) is None
+
+
+def test_who_ended_in_order_is_not_missed() -> None:
+    """Contract: ranks leave one after another."""
+    run = Run().warm()
+    run.beats[1] = replace(run.beats[1], last_word="")
+    assert run.go_on(1000, moving=(), beating=(0, 2)) is None
+
+
+def test_a_last_word_is_the_verdict() -> None:
+    """Contract: what a rank says of its own end comes first, at any time."""
+    run = Run()
+    run.beats[1] = replace(run.beats[1], last_word="rank 1 has its reason")
+    assert run.go_on(1.0) == Verdict("rank 1 has its reason", told=True)
+
+
+class Memory:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str, /) -> None:
+        self.kept[key] = value.encode()
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        return [self.kept[key] for key in keys]
+
+
+def test_ranks_hear_each_others_last_word() -> None:
+    """Contract: by way of the store, within a few beats; whoever ended in order hears nothing any more."""
+    store, heard, over = Memory(), [], threading.Event()
+    first, second, third = (Pulse(3, rank, store, Traffic(), host="h", log="l") for rank in range(3))
+
+    def note(verdict: Verdict) -> None:
+        heard.append(verdict)
+        over.set()
+
+    first.start(note)
+    third.start(heard.append)
+    third.end()
+    second.end("rank 1 on h: no memory")
+    second.end("and another word")
+    assert over.wait(10)
+    first.end()
+    assert heard == [Verdict("rank 1 on h: no memory", told=True)]
+
+
+class Gone(Memory):
+    """A store whose host went away."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        raise RuntimeError("Connection reset by peer\nand a backtrace")
+
+
+def test_the_loss_of_the_store_is_told() -> None:
+    """Fault: torchrun, or the host that it runs on, is gone."""
+    heard, over = [], threading.Event()
+    pulse = Pulse(2, 1, Gone(), Traffic(), host="h", log="l")
+    pulse.start(lambda verdict: (heard.append(verdict), over.set()))  # type: ignore[func-returns-value]
+    assert over.wait(10)
+    assert heard == [Verdict("rank 1 on h lost torchrun's store: Connection reset by peer", told=True)]
+
+
+def test_alone_nobody_watches() -> None:
+    """Contract: one process has nobody to wait for."""
+    before = threading.active_count()
+    alone = Pulse()
+    alone.start(pytest.fail)
+    with alone.resting():
+        alone.round()
+    alone.end()
+    assert threading.active_count() == before

@@ -1,0 +1,79 @@
+"""Ranks as threads of one process, for property tests: groups whose exchanges meet in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from flashtalk_cli.parallel.group import Group
+
+T = TypeVar("T")
+MEET_S = 20.0
+
+
+class Table:
+    """Where the ranks of a group lay things down for one another."""
+
+    def __init__(self, size: int) -> None:
+        self.laid: list[object] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=MEET_S)
+
+    def swap(self, rank: int, what: T) -> list[T]:
+        """What everybody laid down, in order."""
+        self.laid[rank] = what
+        self.barrier.wait()
+        found = list(self.laid)
+        self.barrier.wait()
+        return found  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class ThreadGroup(Group):
+    """A group of threads. It holds its members to equal shapes, as the real libraries do."""
+
+    table: Table = field(default_factory=lambda: Table(1), compare=False)
+
+    def _swap(self, x: Tensor) -> list[Tensor]:
+        with self.traffic:
+            found = self.table.swap(self.rank, x)
+        assert {(each.shape, each.dtype) for each in found} == {(x.shape, x.dtype)}
+        return found
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == self.size
+        return torch.stack([each[self.rank] for each in self._swap(x)])
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.stack(self._swap(x))
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        found = self._swap(x)
+        return torch.stack(found) if self.rank == 0 else None
+
+    def sum(self, x: Tensor) -> Tensor:
+        return torch.stack(self._swap(x)).sum(0)
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+        with self.traffic:
+            mail = self.table.swap(self.rank, {peer: x.clone() for peer, x in outgoing.items()})
+        for peer, place in incoming.items():
+            place.copy_(mail[peer].pop(self.rank))
+        assert not [rank for rank in range(self.size) if rank not in incoming and self.rank in mail[rank]]
+
+
+def on_ranks(size: int, work: Callable[[int], T]) -> list[T]:
+    """What `work` gives for each rank, all at once."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, range(size)))
+
+
+def groups(size: int) -> list[ThreadGroup]:
+    """One group of so many, as each of its members sees it."""
+    table = Table(size)
+    return [ThreadGroup(size, rank, table=table) for rank in range(size)]
