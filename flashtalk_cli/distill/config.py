@@ -46,6 +46,7 @@ class Network(Frozen):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False  # activation checkpointing
     compile: bool = False
+    shard: bool = True  # over several ranks; else each has the whole network, and gradients are averaged
 
 
 class Optimiser(Frozen):

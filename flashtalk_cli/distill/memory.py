@@ -48,35 +48,35 @@ def need_of(
     canvas: Canvas,
     sampling: Sampling,
     micro_batch: int,
-    world: int,
+    shards: int,
     *,
     trained: int,
     frozen: int,
     averaged: int,
 ) -> Need:
-    """Bytes for so many trained and frozen networks, spread over `world` ranks.
+    """Bytes for so many trained and frozen networks, cut into so many shards.
 
-    A trained one has float32 weights, gradients and two moments; on one rank also the weights it computes
+    A trained one has float32 weights, gradients and two moments; in one piece also the weights it computes
     with. `averaged` of them keep a moving average. Activations are those of one pass of the
     largest canvas: with recompute every block's input and the inside of one block, else the inside of all.
     """
     n = count_parameters(params)
     width = 2 if network.dtype == "bfloat16" else 4
-    masters = FLOAT32_BYTES if width == 2 or world > 1 else 0
-    computing = width if world == 1 else 0
+    masters = FLOAT32_BYTES if width == 2 or shards > 1 else 0
+    computing = width if shards == 1 else 0
     tokens = sampling.chunk_latents * canvas.area_px // PATCH_PX**2
     stream = micro_batch * tokens * params.dim * width
     inside = stream * (BLOCK_ACTIVATIONS + 4 * params.ffn_dim // params.dim)
     activations = params.num_layers * stream + inside if network.recompute else params.num_layers * inside
     parts = {
-        "weights": trained * n * (masters + computing) // world,
-        "gradients": trained * n * FLOAT32_BYTES // world,
-        "moments": trained * n * 2 * FLOAT32_BYTES // world,
-        "average": averaged * n * FLOAT32_BYTES // world,
-        "frozen weights": frozen * n * width // world,
+        "weights": trained * n * (masters + computing) // shards,
+        "gradients": trained * n * FLOAT32_BYTES // shards,
+        "moments": trained * n * 2 * FLOAT32_BYTES // shards,
+        "average": averaged * n * FLOAT32_BYTES // shards,
+        "frozen weights": frozen * n * width // shards,
         "activations": activations,
     }
-    if world > 1:
+    if shards > 1:
         parts["gathered blocks"] = 3 * width * n // max(1, params.num_layers)
     return Need({name: n_bytes for name, n_bytes in parts.items() if n_bytes})
 

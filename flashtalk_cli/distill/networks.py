@@ -1,7 +1,7 @@
 """Networks made ready for training: their first weights, their number format, their spread over ranks.
 
-One rank: the network computes in `dtype`, and float32 masters of its parameters are what the optimiser
-moves. Several ranks: FSDP2 keeps float32 shards and gathers them in `dtype`, block by block.
+In one piece, the network computes in `dtype`, and float32 masters of its parameters are what the optimiser
+moves. In shards, one a rank, FSDP2 keeps them in float32 and gathers them in `dtype`, block by block.
 Both look alike from outside: `Trained.parameters` are float32, whoever holds them.
 """
 
@@ -34,12 +34,12 @@ def build(params: DitParams, network: Network, kernel: AttentionKernel) -> DiT:
     return dit
 
 
-def place(dit: DiT, network: Network, device: torch.device, world: int, *, trained: bool) -> None:
-    """Give it memory on the device, its values still unset; over several ranks a shard each."""
+def place(dit: DiT, network: Network, device: torch.device, shards: int, *, trained: bool) -> None:
+    """Give it memory on the device, its values still unset; cut into shards, one of them."""
     dtype = DTYPES[network.dtype]
-    if world == 1 or not trained:
+    if shards == 1 or not trained:
         dit.to(dtype)
-    if world > 1:
+    if shards > 1:
         _shard(dit, dtype, device)
     dit.to_empty(device=device)
     dit.requires_grad_(trained)

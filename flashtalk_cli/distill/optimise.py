@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,11 +28,20 @@ class Trained:
     """A network that learns.
 
     `average` is the moving average of its float32 parameters (None where there is to be none): it
-    follows quickly at first, so that a short run does not keep its random beginning.
+    follows quickly at first, so that a short run does not keep its random beginning. `mean` averages
+    a tensor over the ranks that have copies of the network, where there are several.
     """
 
-    def __init__(self, dit: DiT, optimiser: Optimiser, steps: int, ema_decay: float | None) -> None:
+    def __init__(
+        self,
+        dit: DiT,
+        optimiser: Optimiser,
+        steps: int,
+        ema_decay: float | None,
+        mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.dit, self.optimiser, self.steps, self.ema_decay = dit, optimiser, steps, ema_decay
+        self.mean = mean
         self.names = [name for name, _ in dit.named_parameters()]
         self.working: list[Tensor] = [parameter for _, parameter in dit.named_parameters()]
         self.parameters: list[Tensor]
@@ -54,6 +63,8 @@ class Trained:
             torch._foreach_copy_(self.gradients, found)
             for worked in self.working:
                 worked.grad = None
+        if self.mean is not None:
+            self._average([p.grad for p in self.parameters if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimiser.clip_norm)
         rate = learning_rate(self.step_count, self.steps, self.optimiser)
         for each in self.optimisers:
@@ -72,6 +83,13 @@ class Trained:
                     [local(a) for a in self.average], [local(p) for p in self.parameters], 1 - decay
                 )
         return whole(norm)
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Over the ranks, in one exchange."""
+        assert self.mean is not None
+        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     @torch.no_grad()
     def adopt(self) -> None:

@@ -59,7 +59,7 @@ def adapt(work: Work) -> int:
     pool = work.open_pool()
     dit = work.build()
     work.place(dit, trained=True)
-    trained = Trained(dit, preset.adapt.optimiser, preset.adapt.steps, preset.adapt.ema_decay)
+    trained = work.trained(dit, preset.adapt.optimiser, preset.adapt.steps, preset.adapt.ema_decay)
     if preset.network.init == "random":
         networks.draw_weights(dit, preset.seed)
     else:
@@ -93,7 +93,7 @@ def distill(work: Work) -> int:
         return dit
 
     def learning(optimiser: Optimiser, steps: int, ema_decay: float | None) -> Trained:
-        found = Trained(network(trained=True), optimiser, steps, ema_decay)
+        found = work.trained(network(trained=True), optimiser, steps, ema_decay)
         found.adopt()
         return found
 

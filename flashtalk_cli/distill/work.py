@@ -10,8 +10,9 @@ import torch
 from torch import Generator
 
 from flashtalk_cli.distill import memory, networks, shards
-from flashtalk_cli.distill.config import TrainJob
+from flashtalk_cli.distill.config import Optimiser, TrainJob
 from flashtalk_cli.distill.encoding import origin_of
+from flashtalk_cli.distill.optimise import Trained
 from flashtalk_cli.distill.pool import Pool, open_pool
 from flashtalk_cli.distill.trainer import Course
 from flashtalk_cli.events import Emitter
@@ -61,9 +62,19 @@ class Work:
         dtype = networks.DTYPES[network.dtype]
         return networks.build(self.params, network, choose_kernel(name, self.ranks.device, dtype))
 
+    @property
+    def shards(self) -> int:
+        """Parts that a network is cut into, one a rank."""
+        return self.ranks.size if self.job.preset.network.shard else 1
+
     def place(self, dit: DiT, *, trained: bool) -> None:
         """Give it memory."""
-        networks.place(dit, self.job.preset.network, self.ranks.device, self.ranks.size, trained=trained)
+        networks.place(dit, self.job.preset.network, self.ranks.device, self.shards, trained=trained)
+
+    def trained(self, dit: DiT, optimiser: Optimiser, steps: int, ema_decay: float | None) -> Trained:
+        """A placed network as one that learns; gradients of whole copies on several ranks are averaged."""
+        copies = self.ranks.size // self.shards
+        return Trained(dit, optimiser, steps, ema_decay, self.ranks.mean if copies > 1 else None)
 
     def check_memory(self, what: str, micro_batch: int, *, trained: int, frozen: int, averaged: int) -> None:
         """Refuse a run that this machine cannot hold."""
@@ -74,7 +85,7 @@ class Work:
             base.canvas,
             base.sampling,
             micro_batch,
-            self.ranks.size,
+            self.shards,
             trained=trained,
             frozen=frozen,
             averaged=averaged,
