@@ -52,6 +52,11 @@ VALUES = {
     "compute.ulysses": st.none() | st.integers(1, 64),
     "encoding.codec": text,
     "encoding.crf": st.integers(0, 63),
+    "live.latency_target_s": st.floats(0.2, 60),
+    "live.start_buffer_s": st.floats(0.04, 10),
+    "live.lookahead_s": st.floats(0, 4),
+    "live.backlog_s": st.floats(5, 600),
+    "live.late": st.sampled_from(["repeat", "drop", "fail"]),
 }
 
 
