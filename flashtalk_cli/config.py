@@ -221,6 +221,7 @@ class BenchJob(ClipJob):
     """Time chunks of a video that nobody sees."""
 
     kind: Literal["bench"] = "bench"
+    launched_unix_s: float = 0.0  # when the worker was asked for
     chunks: int = Field(20, ge=1)
     warmup_chunks: int = Field(2, ge=0)
 

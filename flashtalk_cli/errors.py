@@ -9,7 +9,8 @@
     |- DeviceError               7   no such device, out of memory, a kernel is missing
     |- WorkerError               8   a worker died or hung
     |  `- PeerLost               8   a worker lost another, whose own error is the one to show
-    `- ClipsError                9   some clips of a manifest failed; all others are done
+    |- ClipsError                9   some clips of a manifest failed; all others are done
+    `- SlowerError              10   a bench is slower than the report it was compared with, beyond noise
     (Ctrl-C or SIGTERM)        130   ended on request; what was rendered is kept
 
 A message is one line: what is wrong, with the numbers, and the mend. `assert` is for
@@ -75,6 +76,12 @@ class ClipsError(FlashtalkError):
     """Some clips of a manifest failed; all others are done."""
 
     exit_code = 9
+
+
+class SlowerError(FlashtalkError):
+    """A bench is slower than the report that it was compared with, beyond noise."""
+
+    exit_code = 10
 
 
 INTERRUPTED_EXIT_CODE = 130

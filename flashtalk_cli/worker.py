@@ -15,81 +15,28 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, cast
 
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from flashtalk_cli import events, log
-from flashtalk_cli.bench.report import of_rank, report
-from flashtalk_cli.bench.timers import ExchangeTimer, Timer
+from flashtalk_cli.bench.measure import bench
 from flashtalk_cli.config import BenchJob, Job, RenderJob, ServeJob, StreamJob
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, PeerLost, WorkerError
+from flashtalk_cli.errors import PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
 from flashtalk_cli.parallel.pulse import SILENT_S, Verdict
 from flashtalk_cli.parallel.ranks import Ranks, join, lost_peers
-from flashtalk_cli.parallel.spatial import Tiles
-from flashtalk_cli.pipeline.delivery import Delivery
-from flashtalk_cli.pipeline.session import State, begin, prepare, step, to_bytes
 from flashtalk_cli.rendering import Worker, render
 from flashtalk_cli.serving import serve
 
 ORPHAN_S = 8.0  # what a rank without a parent gets to close its file
 LAST_S = 1.5  # what rank 0 gets to close its file when the run cannot go on
 VERDICT_S = SILENT_S + 1.0  # within which a rank that lost another is told why
-
-
-def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
-    """Time chunks and report; the exit code."""
-    started_s = time.perf_counter()
-    picture, text, image = worker.inputs()
-    models = worker.load_models()
-    hear = worker.hearing()
-    loaded_s = time.perf_counter()
-    conditions = prepare(models, picture, text, image)
-    prepared_s = time.perf_counter()
-    state = begin(conditions, job.preset.sampling.seed)
-    timer, exchanges = Timer(worker.device), ExchangeTimer(worker.device)
-    worker.ranks.traffic.timer = exchanges
-    n_chunks = job.warmup_chunks + job.chunks
-    worker.emitter.emit("stage", name="measure", detail=f"{n_chunks} chunks")
-    for index in range(n_chunks):
-        if worker.ranks.any(stop.is_set()):
-            worker.emitter.emit("interrupted", path=None, frames=0)
-            return INTERRUPTED_EXIT_CODE
-        timer.start()
-        exchanges.start()
-        windows = hear(index)
-        timer.mark("hear")
-        pieces = step(models, conditions, state, windows, timer.mark)
-        state = to_host(pieces, models.tiles, Delivery(worker.device))
-        worker.emitter.emit("progress", name="measure", done=index + 1, total=n_chunks, unit="chunks")
-    once = {"load_s": loaded_s - started_s, "prepare_s": prepared_s - loaded_s}
-    worker.ranks.traffic.timer = None
-    own = of_rank(job, worker.device, worker.ranks.rank, exchanges.totals_s())
-    each = worker.ranks.to_leader(own)
-    if worker.ranks.leads:
-        worker.emitter.emit("report", data=report(job, worker.device, timer.durations_s(), once, each))
-    elapsed_s = time.perf_counter() - started_s
-    frames = n_chunks * job.preset.sampling.new_frames
-    duration_s = frames / job.preset.sampling.fps
-    worker.emitter.emit("done", path=None, frames=frames, duration_s=duration_s, elapsed_s=elapsed_s)
-    return 0
-
-
-def to_host(pieces: Generator[Tensor, None, State], tiles: Tiles, delivery: Delivery) -> State:
-    """Bring a chunk's frames to rank 0's host memory as bytes, as they come; the state after it."""
-    while True:
-        try:
-            delivery.push(tiles.collect(to_bytes(next(pieces))))
-        except StopIteration as end:
-            delivery.flush()
-            return end.value
 
 
 def main(argv: Sequence[str]) -> int:

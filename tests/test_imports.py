@@ -32,7 +32,7 @@ ALLOWED = {
     "models": {*BASE, "parallel"},
     "pipeline": {*BASE, "parallel", "models"},
     "media": BASE,
-    "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media"},
+    "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "rendering"},
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
     "torchrun": {*BASE, "events"},
     "live": {*BASE, "events", "parallel", "models", "pipeline", "media"},
@@ -45,7 +45,7 @@ ALLOWED = {
     },
     "cli": {
         *(*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"),
-        "parallel",
+        *("parallel", "bench"),
     },
     "__main__": {"cli"},
     "__init__": set(),

@@ -1,106 +1,193 @@
-"""What a bench measured, as plain data for JSON and tables.
+"""What a bench measured, as plain data: the JSON that `flashtalk bench -o` writes, version SCHEMA.
 
-    {"machine": {...}, "preset": NAME, "canvas": "WxH", "precision": {...}, "chunks": n, "new_frames": 28,
-     "parts": {NAME: {"p50_s": , "p95_s": , "p99_s": }}, "chunk": the same of the whole chunk,
-     "fps": , "realtime": , "load_s": , "prepare_s": , "peak_memory_gib": of the rank that took most,
-     "ranks": [{"rank": , "host": , "peak_memory_gib": , "exchange": the spread of a chunk's exchanges}]}
+    schema       version of this form
+    fingerprint  what the figures hold for: fingerprint.py
+    setting      preset, model, weights, canvas, steps, fps, chunk_frames, new_frames, precision, ranks, split,
+                 attention, dit_dtype, vae_dtype, engine, offload, codec, chunks, warmup_chunks
+    speed        fps: frames over seconds, from the first timed chunk's sound to its last frame encoded, all
+                 counted; realtime: fps over the video's; drain_s: what the encoder still had to do at the end
+    chunk        a chunk, from its sound being there to its last frame handed to the encoder and its motion
+                 frames encoded: a spread
+    parts        of each part: name, lane, count in a chunk, its time in a chunk (a spread), share of the
+                 chunk's lane; of "step" each one also alone
+    once         seconds of what happens once: process, inputs, load, prepare, warm_up (what the first chunks
+                 took beyond a median one: compilation, capture, tuning)
+    live         audio_fill_s and lookahead_s (not measured: from the preset), first_frame (a spread, from the
+                 sound being there to the first frame in host memory), start_warm_s, start_cold_s, holds,
+                 spare_s (of a chunk's duration, at p95)
+    work         of each stage with much arithmetic: tflop, seconds, tflops a rank, ceiling_tflops, share
+    ceilings     measured rates of single operations: kind, what, tflops
+    ranks        of each rank: rank, host, peak_memory_gib, peak_reserved_gib, exchange (a spread of a chunk's
+                 exchanges and waiting for peers), exchanges (their count)
+    timeline     parts of the chunk nearest to the median: name, lane, start_s, end_s
+    memory       peak_gib of the rank that took most
 
-A chunk's time is from its sound being there to its last frame being bytes in host memory, the
-motion frames for the next one included: everything but ffmpeg.
+A spread is p50_s, p95_s, p99_s, mean_s and the samples_s they are made of, warm-up left out.
 """
 
 from __future__ import annotations
 
-import platform
-import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from flashtalk_cli import __version__
+from flashtalk_cli.bench.parts import MAIN, Part
+from flashtalk_cli.bench.work import Work
 from flashtalk_cli.config import BenchJob
 
-
-def spread(durations_s: Sequence[float]) -> dict[str, float]:
-    """Median and tail of some durations."""
-    p50, p95, p99 = np.percentile(durations_s, [50, 95, 99])
-    return {"p50_s": float(p50), "p95_s": float(p95), "p99_s": float(p99)}
+SCHEMA = 1
+EACH = "step"  # the part whose occurrences are also told one by one
+MICRO = 6  # digits after the point of a second
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures hold for."""
+@dataclass(frozen=True)
+class Measured:
+    """Everything that a run found out, before it is summed up."""
+
+    chunks: Sequence[Sequence[Part]]  # of all chunks, those to warm up included
+    loop_s: float  # from the first timed chunk's start to the last one's
+    drain_s: float
+    once: Mapping[str, float]
+    ranks: Sequence[Mapping[str, Any]]
+    work: Mapping[str, Work]
+    ceilings: Sequence[Mapping[str, Any]]
+    fingerprint: Mapping[str, Any]
+    setting: Mapping[str, Any]
+
+
+def build(job: BenchJob, found: Measured) -> dict[str, Any]:
+    """The whole report."""
+    chunk_s = [max(part.end_s for part in chunk) for chunk in found.chunks]
+    timed, timed_s = found.chunks[job.warmup_chunks :], chunk_s[job.warmup_chunks :]
+    sampling = job.preset.sampling
+    fps = len(timed) * sampling.new_frames / (found.loop_s + timed_s[-1] + found.drain_s)
+    chunk = spread(timed_s)
+    warm_up_s = sum(max(0.0, took_s - chunk["p50_s"]) for took_s in chunk_s[: job.warmup_chunks])
+    once = {**found.once, "warm_up": warm_up_s}
+    parts = _parts(timed)
+    median = min(range(len(timed)), key=lambda i: abs(timed_s[i] - chunk["p50_s"]))
     return {
-        "flashtalk": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
+        "schema": SCHEMA,
+        "fingerprint": dict(found.fingerprint),
+        "setting": {**_setting(job), **found.setting},
+        "speed": {"fps": fps, "realtime": fps / sampling.fps, "drain_s": found.drain_s},
+        "chunk": chunk,
+        "parts": parts,
+        "once": once,
+        "live": _live(job, found, once, chunk),
+        "work": _rates(found, parts),
+        "ceilings": [dict(probe) for probe in found.ceilings],
+        "ranks": [_rank(rank) for rank in found.ranks],
+        "memory": {"peak_gib": max(rank["peak_memory_gib"] for rank in found.ranks)},
+        "timeline": [
+            {**part._asdict(), "start_s": round(part.start_s, MICRO), "end_s": round(part.end_s, MICRO)}
+            for part in timed[median]
+        ],
     }
 
 
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def of_rank(job: BenchJob, device: torch.device, rank: int, exchange_s: Sequence[float]) -> dict[str, Any]:
-    """What one rank adds to the report: its memory, and of each chunk the seconds in exchanges with others."""
-    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_host_bytes()
+def spread(samples_s: Sequence[float]) -> dict[str, Any]:
+    """Median, tail and mean of some durations, and the durations."""
+    p50, p95, p99 = np.percentile(samples_s, [50, 95, 99])
     return {
-        "rank": rank,
-        "host": socket.gethostname(),
-        "peak_memory_gib": peak_bytes / 2**30,
-        "exchange": spread(exchange_s[job.warmup_chunks :]),
+        "p50_s": float(p50),
+        "p95_s": float(p95),
+        "p99_s": float(p99),
+        "mean_s": float(np.mean(samples_s)),
+        "samples_s": [round(float(sample_s), MICRO) for sample_s in samples_s],
     }
 
 
-def report(
-    job: BenchJob,
-    device: torch.device,
-    parts: dict[str, list[float]],
-    once: dict[str, float],
-    ranks: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """The whole report.
-
-    Args:
-        job: what was measured.
-        device: of rank 0.
-        parts: durations of each part of a chunk, on rank 0.
-        once: what happens once a run.
-        ranks: what `of_rank` gave on each.
-    """
-    parts = {name: durations[job.warmup_chunks :] for name, durations in parts.items()}
-    chunk_s = [sum(of_chunk) for of_chunk in zip(*parts.values(), strict=True)]
-    sampling, canvas = job.preset.sampling, job.preset.canvas
-    fps = sampling.new_frames / float(np.mean(chunk_s))
+def _setting(job: BenchJob) -> dict[str, Any]:
+    preset = job.preset
+    sampling, canvas, compute = preset.sampling, preset.canvas, preset.compute
     return {
-        "machine": machine(device),
-        "preset": job.preset.name,
-        "weights": job.preset.model.weights,
+        "preset": preset.name,
+        "model": preset.model.name,
+        "weights": preset.model.weights,
         "canvas": f"{canvas.width_px}x{canvas.height_px}",
-        "precision": job.preset.precision.model_dump(),
         "steps": sampling.steps,
-        "chunks": len(chunk_s),
+        "fps": sampling.fps,
+        "chunk_frames": sampling.chunk_frames,
         "new_frames": sampling.new_frames,
-        "parts": {name: spread(durations) for name, durations in parts.items()},
-        "chunk": spread(chunk_s),
-        "fps": fps,
-        "realtime": fps / sampling.fps,
-        **once,
-        "peak_memory_gib": max(rank["peak_memory_gib"] for rank in ranks),
-        "ranks": list(ranks),
+        "precision": preset.precision.model_dump(),
+        "engine": compute.engine,
+        "offload": compute.offload,
+        "codec": preset.encoding.codec,
+        "chunks": job.chunks,
+        "warmup_chunks": job.warmup_chunks,
     }
 
 
-def _peak_host_bytes() -> int:
-    import resource
-    import sys
+def _parts(chunks: Sequence[Sequence[Part]]) -> list[dict[str, Any]]:
+    """Each part's time in a chunk, in the order of their first appearance."""
+    keys = list(dict.fromkeys((part.name, part.lane) for chunk in chunks for part in chunk))
+    main_s = sum(part.duration_s for chunk in chunks for part in chunk if part.lane == MAIN)
+    found = []
+    for name, lane in keys:
+        each = [[p.duration_s for p in chunk if (p.name, p.lane) == (name, lane)] for chunk in chunks]
+        sums_s = [sum(durations) for durations in each]
+        row = {
+            "name": name,
+            "lane": lane,
+            "count": max(map(len, each)),
+            "time": spread(sums_s),
+            "share": sum(sums_s) / main_s if lane == MAIN else None,
+        }
+        if name == EACH:
+            row["each"] = [spread(durations) for durations in zip(*each, strict=True)]
+        found.append(row)
+    return found
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+
+def _live(
+    job: BenchJob, found: Measured, once: Mapping[str, float], chunk: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What somebody who speaks into it would meet."""
+    fill_s, lookahead_s = job.preset.sampling.new_s, job.preset.live.lookahead_s
+    first_s = [next(p.end_s for p in parts if p.name == "to host") for parts in found.chunks]
+    first = spread(first_s[job.warmup_chunks :])
+    loading_s = sum(once[name] for name in ("process", "inputs", "load", "prepare"))
+    heard_s = fill_s + lookahead_s
+    return {
+        "audio_fill_s": fill_s,
+        "lookahead_s": lookahead_s,
+        "first_frame": first,
+        "start_warm_s": heard_s + first["p50_s"],
+        "start_cold_s": max(heard_s, loading_s) + first_s[0],
+        "holds": chunk["p95_s"] <= fill_s,
+        "spare_s": fill_s - chunk["p95_s"],
+    }
+
+
+def _rates(found: Measured, parts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What each stage achieves on one rank, and what it could at the measured rates."""
+    rates = {probe["kind"]: probe["tflops"] for probe in found.ceilings}
+    rows = []
+    for name, work in found.work.items():
+        part = next((part for part in parts if part["name"] == name), None)
+        if part is None:
+            continue
+        took_s = float(
+            np.median([one["p50_s"] for one in part["each"]] if name == EACH else part["time"]["p50_s"])
+        )
+        own = {kind: getattr(work, kind) * 1e-12 / len(found.ranks) for kind in rates}
+        tflop, least_s = sum(own.values()), sum(own[kind] / rates[kind] for kind in rates)
+        rows.append(
+            {
+                "stage": name,
+                "tflop": work.total * 1e-12,
+                "seconds": took_s,
+                "tflops": tflop / took_s,
+                "ceiling_tflops": tflop / least_s,
+                "share": least_s / took_s,
+            }
+        )
+    return rows
+
+
+def _rank(rank: Mapping[str, Any]) -> dict[str, Any]:
+    own = {key: rank[key] for key in ("rank", "host", "peak_memory_gib", "peak_reserved_gib", "exchanges")}
+    return {**own, "exchange": spread(rank["exchange_s"])}

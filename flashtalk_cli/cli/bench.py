@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +11,27 @@ import typer
 from flashtalk_cli.cli.render import REPORT, SPEED, Debug, Gpus, Json, PresetName, Sets, number_or_word
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from flashtalk_cli.bench.compare import Comparison
+    from flashtalk_cli.config import Preset
 
+EXAMPLES = """[bold]Examples[/bold]
+
+flashtalk bench
+
+flashtalk bench --preset soulx-14b --weights random --gpus 2 -o two.json --also one.json --html report.html
+
+flashtalk bench --compare old.json
+
+flashtalk bench --from new.json --compare old.json
+
+Exit code 10: slower than the report of --compare, beyond noise.
+"""
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_KINDS = ("released", "random")
+
+
+def _file(name: str, metavar: str, help: str) -> Any:
+    return typer.Option(name, metavar=metavar, rich_help_panel=REPORT, show_default=False, help=help)
 
 
 def bench(
@@ -24,10 +42,10 @@ def bench(
     weights: Annotated[
         str | None,
         typer.Option(
-            metavar="released|random",
+            metavar="random|MODEL",
             rich_help_panel=SPEED,
             show_default=False,
-            help="random needs no model.",
+            help="random needs no model and is as fast; else a model's name or folder.",
         ),
     ] = None,
     gpus: Gpus = None,
@@ -35,28 +53,72 @@ def bench(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="FILE", rich_help_panel=REPORT, help="Also write the report as JSON."
+            "-o", "--output", metavar="FILE", rich_help_panel=REPORT, help="Write the report as JSON."
         ),
+    ] = None,
+    html: Annotated[Path | None, _file("--html", "FILE", "Write the report as a page with plots.")] = None,
+    compare: Annotated[
+        Path | None,
+        _file("--compare", "OLD.json", "Exit with code 10 when slower than this report, beyond noise."),
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        _file("--also", "FILE", "Another report, of another count of GPUs, for the page; may be repeated."),
+    ] = None,
+    source: Annotated[
+        Path | None, _file("--from", "FILE", "Measure nothing: show, compare or draw this report.")
     ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Time chunks on this machine: hearing, denoising, decoding, and what the next chunk needs."""
+    """Time chunks on this machine, part by part, and say what it can do live."""
+    from flashtalk_cli.bench.compare import check_alike, read
+
+    old = read(compare) if compare else None
+    others = [read(path) for path in also or ()]
+    if source is not None:
+        data = read(source)
+    else:
+        chosen = _preset(preset, weights, gpus, sets or [])
+        if old:  # before anything is loaded
+            check_alike(
+                old, {"preset": chosen.name, "model": chosen.model.name, "steps": chosen.sampling.steps}
+            )
+        code, found = _measure(chosen, chunks, json=json, debug=debug)
+        if found is None:
+            return code
+        data = found
+    _publish(data, others, output, html)
+    return _conclude(data, old, json=json)
+
+
+def _preset(name: str, weights: str | None, gpus: str | None, sets: list[str]) -> Preset:
+    """The preset as the command line changes it."""
+    from flashtalk_cli.presets import Override, load, parse_set
+
+    overrides = [parse_set(text) for text in sets]
+    if weights:
+        key = "model.weights" if weights in _KINDS else "model.name"
+        overrides.append(Override(key, weights, "--weights"))
+    if gpus:
+        overrides.append(Override("compute.gpus", number_or_word(gpus), "--gpus"))
+    return load(name, overrides)
+
+
+def _measure(preset: Preset, chunks: int, *, json: bool, debug: bool) -> tuple[int, dict[str, Any] | None]:
+    """Run the bench: its exit code, and its report if it came to one."""
+    import tempfile
+
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
     from flashtalk_cli.cli.hosts import check_split
     from flashtalk_cli.cli.machine import processes_of
-    from flashtalk_cli.config import BenchJob, Preset
+    from flashtalk_cli.config import BenchJob
     from flashtalk_cli.events import Event
     from flashtalk_cli.media.audio import prepare_speech
     from flashtalk_cli.models.folder import resolve
-    from flashtalk_cli.presets import Override, load, parse_set
 
-    overrides = [parse_set(text) for text in sets or ()]
-    overrides += [Override("model.weights", weights, "--weights")] if weights else []
-    overrides += [Override("compute.gpus", number_or_word(gpus), "--gpus")] if gpus else []
-    chosen: Preset = load(preset, overrides)
-    model = chosen.model
+    model = preset.model
     resolve(model.name, model.speech_encoder, random=model.weights == "random")
     log.setup(debug=debug)
     reports: list[dict[str, Any]] = []
@@ -69,56 +131,64 @@ def bench(
     with choose(json=json, video_on_stdout=False) as display, tempfile.TemporaryDirectory() as folder:
         speech = prepare_speech(next((_ASSETS / "speech").glob("*.wav")), Path(folder))
         picture = next((_ASSETS / "portraits").glob("*.png"))
-        job = BenchJob(preset=chosen, picture=picture, speech=speech, chunks=chunks)
-        processes = processes_of(chosen.compute)
-        check_split(chosen, processes)
+        processes = processes_of(preset.compute)
+        check_split(preset, processes)
+        display.stage("start", "loading torch")
+        job = BenchJob(
+            preset=preset, picture=picture, speech=speech, chunks=chunks, launched_unix_s=time.time()
+        )
         code = launch.run(job, on_event, debug=debug, on_log=display.log, processes=processes)
-    for data in reports:
-        if output:
-            _write(output, data)
-        if not json:
-            _show(data)
-    return code
+    return code, reports[-1] if reports and code == 0 else None
 
 
-def _write(output: Path, data: dict[str, Any]) -> None:
+def _publish(
+    data: dict[str, Any], others: list[dict[str, Any]], output: Path | None, html: Path | None
+) -> None:
+    """Write the files that were asked for."""
     import json
 
+    from flashtalk_cli.bench.page import page
+
+    if output:
+        _write(output, json.dumps(data, indent=1) + "\n")
+    if html:
+        _write(html, page(data, others))
+
+
+def _write(path: Path, text: str) -> None:
     from flashtalk_cli.errors import OutputError
 
     try:
-        output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _show(data: dict[str, Any]) -> None:
+def _conclude(data: dict[str, Any], old: dict[str, Any] | None, *, json: bool) -> int:
+    """Show the report and the comparison; raises SlowerError for a regression."""
     from rich.console import Console
 
-    Console().print(_table(data))
+    from flashtalk_cli.bench import table, words
+    from flashtalk_cli.bench.compare import compare
+
+    found = compare(old, data) if old else None
+    if not json:
+        console = Console()
+        console.print(table.tables(data))
+        if found:
+            console.print(table.comparison(found))
+        console.print(
+            f"\n[dim]for the README:[/]\n{words.readme_line(data)}", soft_wrap=True, highlight=False
+        )
+    if found and found.regressions:
+        raise _slower(found)
+    return 0
 
 
-def _table(data: dict[str, Any]) -> Table:
-    from rich.table import Table
+def _slower(found: Comparison) -> Exception:
+    from flashtalk_cli.errors import SlowerError
 
-    machine = data["machine"]
-    table = Table(
-        title=f"{data['preset']} {data['canvas']}, {data['steps']} steps, {data['weights']} weights\n"
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}",
-        caption=f"{data['fps']:.1f} frames a second, {data['realtime']:.2f} times real time\n{_each(data)}",
+    rows = ", ".join(
+        f"{row.name} {row.ratio:.2f} times ({row.low:.2f} to {row.high:.2f})" for row in found.regressions
     )
-    table.add_column("part of a chunk")
-    for name in ("p50 ms", "p95 ms", "p99 ms"):
-        table.add_column(name, justify="right")
-    for name, spread in {**data["parts"], "chunk": data["chunk"]}.items():
-        table.add_row(name, *(f"{spread[key] * 1000:.0f}" for key in ("p50_s", "p95_s", "p99_s")))
-    return table
-
-
-def _each(data: dict[str, Any]) -> str:
-    """Peak memory of each rank, and where there are several how long they exchanged."""
-    peaks = ", ".join(f"{rank['peak_memory_gib']:.2f}" for rank in data["ranks"])
-    if len(data["ranks"]) == 1:
-        return f"peak memory {peaks} GiB"
-    longest_s = max(rank["exchange"]["p50_s"] for rank in data["ranks"])
-    return f"peak memory of each rank {peaks} GiB; exchanges and waiting {longest_s * 1000:.0f} ms a chunk"
+    return SlowerError(f"a regression beyond noise against the old report: {rows}")

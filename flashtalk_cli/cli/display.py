@@ -256,6 +256,8 @@ def _live_line(happened: events.Event) -> str:
 def _done_line(happened: events.Event) -> str:
     where = happened.get("path") or "standard output"
     if happened.get("frames") is None:  # no video: something that was trained or measured
+        if happened.get("path") is None:
+            return f"done: {clock(happened.get('elapsed_s') or 0.0)}"
         return f"done: {where}, {clock(happened.get('elapsed_s') or 0.0)}"
     return f"done: {where}, {_made(happened)}"
 

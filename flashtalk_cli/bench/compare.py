@@ -1,0 +1,170 @@
+"""Whether one report is slower than another by more than noise.
+
+Noise within a run is the chunks' own spread: the difference of two medians, as a ratio, has a standard
+error that a bootstrap gives. It draws runs of consecutive chunks, since neighbours are alike (clocks, heat,
+other programs). Noise between runs, which no single run shows, is allowed for by DRIFT: two runs of one
+program on a quiet machine differ by a few per cent. Slower is what is beyond both: the interval that holds
+the true ratio with 99 % lies wholly above 1 + DRIFT.
+
+What decides is the time of a chunk, the time to its first frame, and peak memory (which has no noise but
+the allocator's, so MEMORY_DRIFT is all it may grow by). Single parts are only told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from flashtalk_cli.bench.report import SCHEMA
+from flashtalk_cli.errors import InputError
+
+DRIFT, MEMORY_DRIFT = 0.03, 0.05
+CONFIDENCE = 0.99
+MIN_CHUNKS = 3
+BLOCK_CHUNKS, DRAWS, SEED = 3, 2000, 20
+ALIKE = ("preset", "model", "weights", "canvas", "steps", "chunk_frames", "new_frames", "ranks", "offload")
+
+Verdict = Literal["slower", "faster", "same", "unclear"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of two reports; the ratio is new over old, with the bounds that hold it with 99 %."""
+
+    name: str
+    old: float
+    new: float
+    unit: str
+    ratio: float
+    low: float
+    high: float
+    verdict: Verdict
+    decides: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All figures, and how small a slow-down of a chunk would have been noticed."""
+
+    rows: tuple[Row, ...]
+    noticed: float  # such as 0.06
+    changed: tuple[str, ...]  # what differs in the fingerprints, as lines
+
+    @property
+    def regressions(self) -> list[Row]:
+        """The figures for which the new report is found worse."""
+        return [row for row in self.rows if row.decides and row.verdict == "slower"]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A report from its file. Raises InputError for anything else, and for one of another version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise InputError(f"{path}: is no report of flashtalk bench (not JSON)") from None
+    version = found.get("schema") if isinstance(found, dict) else None
+    if version != SCHEMA:
+        raise InputError(
+            f"{path}: is no bench report of version {SCHEMA} (its schema is {version!r}); measure again"
+        )
+    return dict(found)
+
+
+def check_alike(old: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
+    """Raises InputError when a report measured something else than `setting` says, as far as that goes."""
+    for key in ALIKE:
+        if key in setting and old["setting"].get(key) != setting[key]:
+            raise InputError(
+                f"cannot be compared: {key} is {old['setting'].get(key)} in the old report and {setting[key]} now"
+            )
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
+    """Compare two reports of the same setting on the same device.
+
+    Raises InputError when they are of different things, or of too few chunks to know their noise.
+    """
+    check_alike(old, new["setting"])
+    devices = [report["fingerprint"]["device"] for report in (old, new)]
+    if devices[0] != devices[1]:
+        raise InputError(
+            f"cannot be compared: the old report is of {devices[0]}, the new one of {devices[1]}"
+        )
+    for name, report in (("old", old), ("new", new)):
+        if (count := len(report["chunk"]["samples_s"])) < MIN_CHUNKS:
+            raise InputError(f"the {name} report has {count} chunks; to know their noise takes {MIN_CHUNKS}")
+    rows = [
+        _times("chunk", old["chunk"], new["chunk"], decides=True),
+        _times("first frame", old["live"]["first_frame"], new["live"]["first_frame"], decides=True),
+        _memory(old["memory"]["peak_gib"], new["memory"]["peak_gib"]),
+    ]
+    before = {(part["name"], part["lane"]): part["time"] for part in old["parts"]}
+    for part in new["parts"]:
+        if (earlier := before.get((part["name"], part["lane"]))) and earlier["p50_s"] > 0 < part["time"][
+            "p50_s"
+        ]:
+            rows.append(_times(part["name"], earlier, part["time"], decides=False))
+    chunk = rows[0]
+    noticed = (1 + DRIFT) * (chunk.high / chunk.low) - 1  # twice the interval's half width above the drift
+    return Comparison(tuple(rows), noticed, _changed(old["fingerprint"], new["fingerprint"]))
+
+
+def _times(name: str, old: Mapping[str, Any], new: Mapping[str, Any], *, decides: bool) -> Row:
+    low, high = ratio_bounds(old["samples_s"], new["samples_s"])
+    ratio = float(np.median(new["samples_s"]) / np.median(old["samples_s"]))
+    return Row(name, old["p50_s"], new["p50_s"], "s", ratio, low, high, _verdict(ratio, low, high), decides)
+
+
+def _verdict(ratio: float, low: float, high: float) -> Verdict:
+    if low > 1 + DRIFT:
+        return "slower"
+    if high < 1 / (1 + DRIFT):
+        return "faster"
+    return "unclear" if ratio > 1 + DRIFT else "same"
+
+
+def _memory(old: float, new: float) -> Row:
+    ratio = new / old
+    verdict: Verdict = "slower" if ratio > 1 + MEMORY_DRIFT else "same"
+    return Row("peak memory", old, new, "GiB", ratio, ratio, ratio, verdict, True)
+
+
+def ratio_bounds(old_s: Sequence[float], new_s: Sequence[float]) -> tuple[float, float]:
+    """Bounds of the ratio of two medians, new over old, that hold the true one with CONFIDENCE."""
+    samples = [np.log(np.maximum(1e-9, x)) for x in (old_s, new_s)]
+    difference = float(np.median(samples[1]) - np.median(samples[0]))
+    generator = np.random.default_rng(SEED)
+    variance = sum(float(_medians(x, generator).var()) * len(x) / (len(x) - 1) for x in samples)
+    half = _student((1 + CONFIDENCE) / 2, len(samples[0]) + len(samples[1]) - 2) * variance**0.5
+    return float(np.exp(difference - half)), float(np.exp(difference + half))
+
+
+def _medians(samples: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Medians of many series drawn from one, in runs of neighbours (the last is followed by the first)."""
+    count = len(samples)
+    length = min(BLOCK_CHUNKS, max(1, count // 3))
+    starts = generator.integers(0, count, (DRAWS, -(-count // length)))
+    places = (starts[..., None] + np.arange(length)).reshape(DRAWS, -1)[:, :count] % count
+    return np.median(samples[places], axis=1)
+
+
+def _student(quantile: float, freedom: int) -> float:
+    """A quantile of Student's distribution, by its expansion around the normal one (Abramowitz & Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(quantile)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
+
+
+def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    keys = [key for key in new if key != "date" and old.get(key) != new[key]]
+    return tuple(f"{key}: {old.get(key)} -> {new[key]}" for key in keys)

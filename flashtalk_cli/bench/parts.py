@@ -1,0 +1,21 @@
+"""A part of a chunk, as a plain value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAIN, HOST = "main", "host"  # lanes: the stream that a chunk is computed on, and this process's own clock
+
+
+class Part(NamedTuple):
+    """One stretch of work; seconds since its chunk began."""
+
+    name: str
+    lane: str
+    start_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        """How long it took."""
+        return self.end_s - self.start_s
