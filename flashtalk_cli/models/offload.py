@@ -33,8 +33,8 @@ class Lane(Protocol):
     def pin(self, host: Tensor) -> None:
         """Make a tensor in host memory fit for copies that do not wait."""
 
-    def allocate(self, slots: int, n: int, dtype: torch.dtype) -> None:
-        """Make the slots, n elements each."""
+    def allocate(self, slots: int, n_bytes: int) -> None:
+        """Make the slots, of so many bytes each."""
 
     def fetch(self, slot: int, host: Tensor) -> None:
         """Begin to copy into a slot, after all that was computed before its `leave`."""
@@ -65,11 +65,12 @@ class CudaLane:
                 f"{host.nbytes / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {int(status)}): "
                 "leave out --offload, or raise the limit on locked memory (ulimit -l)"
             )
-        weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr())
+        # Memory that is freed while it is pinned could not be pinned again. (A process that ends need not care.)
+        weakref.finalize(host, runtime.cudaHostUnregister, host.data_ptr()).atexit = False
 
-    def allocate(self, slots: int, n: int, dtype: torch.dtype) -> None:
+    def allocate(self, slots: int, n_bytes: int) -> None:
         """See `Lane`."""
-        self._slots = [torch.empty(n, dtype=dtype, device=self._device) for _ in range(slots)]
+        self._slots = [torch.empty(n_bytes, dtype=torch.uint8, device=self._device) for _ in range(slots)]
         self._arrived = [torch.cuda.Event() for _ in range(slots)]
         self._left = [torch.cuda.Event() for _ in range(slots)]
         for slot in range(slots):  # whoever had this memory before may still be computing
@@ -94,38 +95,42 @@ class CudaLane:
 
 @dataclass(frozen=True)
 class Packed:
-    """Parameters side by side in one tensor of host memory, so that one copy moves them all."""
+    """Weights side by side in host memory, so that one copy moves them all."""
 
-    host: Tensor  # [n]
-    places: tuple[tuple[nn.Parameter, int], ...]  # each parameter and where it begins
+    host: Tensor  # uint8 [bytes]
+    places: tuple[tuple[Tensor, int], ...]  # each weight, and the byte where it begins
 
     @classmethod
-    def of(cls, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Packed:
-        """Move parameters, which must be in host memory and of that dtype, into a tensor of their own."""
-        step = ALIGNMENT_BYTES // dtype.itemsize
-        places, n = [], 0
-        for parameter in parameters:
-            assert parameter.device.type == "cpu", parameter.device
-            assert parameter.dtype == dtype, parameter.dtype
-            places.append((parameter, n))
-            n += -(-parameter.numel() // step) * step
-        packed = cls(torch.zeros(n, dtype=dtype), tuple(places))
-        for parameter, start in places:
-            packed.host[start : start + parameter.numel()] = parameter.detach().flatten()
-        packed.point_to(packed.host)
+    def of(cls, weights: Sequence[Tensor]) -> Packed:
+        """Move weights, of whatever number formats, which must be in host memory, into a tensor of their own."""
+        places, n_bytes = [], 0
+        for weight in weights:
+            assert weight.device.type == "cpu", weight.device
+            places.append((weight, n_bytes))
+            n_bytes += -(-weight.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        packed = cls(torch.zeros(n_bytes, dtype=torch.uint8), tuple(places))
+        for weight, start in places:
+            there = _view(packed.host, start, weight)
+            there.copy_(weight.detach())
+            weight.data = there
         return packed
 
     def point_to(self, memory: Tensor) -> None:
-        """Let the parameters be views of `memory`, which is laid out like `host`."""
-        for parameter, start in self.places:
-            parameter.data = memory[start : start + parameter.numel()].view(parameter.shape)
+        """Let the weights be views of `memory`, which is laid out like `host`."""
+        for weight, start in self.places:
+            weight.data = _view(memory, start, weight)
+
+
+def _view(memory: Tensor, start: int, weight: Tensor) -> Tensor:
+    """The bytes from `start` as a tensor like `weight`."""
+    return memory[start : start + weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
 class Offload:
-    """Blocks of one number format, and the order in which their weights visit the device.
+    """Blocks, and the order in which their weights (parameters and buffers) visit the device.
 
-    parts: for each name of a part, how the names of the parameters that it reads begin; `REST` is all
-    others. A part's pass moves only its own parameters.
+    parts: for each name of a part, how the names of the weights that it reads begin; `REST` is all others. A
+    part's pass moves only its own weights.
     """
 
     def __init__(
@@ -137,18 +142,17 @@ class Offload:
     ) -> None:
         assert ahead >= 1, ahead
         self._blocks, self._lane, self._ahead = blocks, lane, ahead
-        dtype = next(blocks[0].parameters()).dtype
         self._parts: dict[str, list[Packed]] = {part: [] for part in (*parts, REST)}
         for block in blocks:
             for part, packed in self._parts.items():
-                own = [p for name, p in block.named_parameters() if _part_of(name, parts) == part]
-                packed.append(Packed.of(own, dtype))
+                weights = (*block.named_parameters(), *block.named_buffers())
+                packed.append(Packed.of([w for name, w in weights if _part_of(name, parts) == part]))
                 lane.pin(packed[-1].host)
         largest = max(len(weights.host) for packed in self._parts.values() for weights in packed)
-        lane.allocate(ahead + 1, largest, dtype)
+        lane.allocate(ahead + 1, largest)
 
     def each(self, part: str) -> Iterator[nn.Module]:
-        """The blocks in order, each with its parameters of that part on the device until the next is asked for.
+        """The blocks in order, each with its weights of that part on the device until the next is asked for.
 
         One pass at a time.
         """
