@@ -70,7 +70,7 @@ def plan(manifest: Path, common: Request, progress: Callable[[int, int], None]) 
         for line in lines
         for path in (line.request.picture, line.request.speech)
     }
-    todo = [line for line in lines if common.overwrite or not line.output.is_file()]
+    todo = [line for line in lines if common.overwrite or not os.path.isfile(line.output)]
     ended += [
         event("clip", line=line.number, output=line.output, state="skipped")
         for line in lines
@@ -114,7 +114,8 @@ def _request(line: str, folder: Path, common: Request) -> Request:
     """A line as the request that it stands for."""
     try:
         given = json.loads(line)
-    except ValueError as error:
+        json.dumps(given, ensure_ascii=False).encode()  # "\\ud800" is JSON, but names no character
+    except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON ({error}); one object a line") from None
     if not isinstance(given, dict):
         raise InputError(f"not an object but {line.strip()[:40]}; give at least {', '.join(PATHS)}")
