@@ -123,9 +123,12 @@ class Hearing(Frozen):
 
 
 class Precision(Frozen):
-    """Number formats of the two heavy networks; `auto`: bfloat16 where the machine is faster with it."""
+    """Number formats of the two heavy networks; `auto`: bfloat16 where the machine is faster with it.
 
-    dit: Literal["auto", "float32", "bfloat16"] = "bfloat16"
+    fp8: the DiT's large matrix products in e4m3, the rest of it in bfloat16.
+    """
+
+    dit: Literal["auto", "float32", "bfloat16", "fp8"] = "bfloat16"
     vae: Literal["auto", "float32", "bfloat16"] = "bfloat16"
 
 

@@ -23,7 +23,7 @@ from flashtalk_cli.media.audio import read_samples
 from flashtalk_cli.media.image import load_picture
 from flashtalk_cli.media.loudness import gain_to
 from flashtalk_cli.media.video_file import VideoFile
-from flashtalk_cli.models import weights
+from flashtalk_cli.models import fp8, weights
 from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
@@ -102,8 +102,17 @@ class Worker:
         compute = self.preset.compute
         kernel = choose_kernel(compute.attention, self.device, dit_dtype)
         mesh = make_mesh(self.ranks, self.split(), compute.engine, kernel.name)
+        eight_bits = precision.dit == "fp8"
+        if eight_bits:
+            fp8.check_device(self.device)
         dit = weights.load_dit(
-            self.folder, self.device, dit_dtype, kernel=kernel, offload=self.offload, **options
+            self.folder,
+            self.device,
+            dit_dtype,
+            kernel=kernel,
+            offload=self.offload,
+            eight_bits=eight_bits,
+            **options,
         )
         return Models(
             dit=dit,

@@ -24,7 +24,9 @@ from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA, choose_kernel
 from flashtalk_cli.models.audio import AudioProjector
-from flashtalk_cli.models.dit import AudioContext, Context, DiT, DitParams, Layout, modulate
+from flashtalk_cli.models.dit import AudioContext, Context, DiT, DitParams, Layout
+from flashtalk_cli.models.layers import lay_together
+from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import Attend, Sequence
@@ -241,8 +243,10 @@ def test_modulation_is_one_formula() -> None:
     """Parity: the one-pass form for one video on a CPU equals the general form, values and gradients."""
     x, shift, scale = torch.randn(1, 5, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8)
     given_ = [a.requires_grad_() for a in (x, shift, scale)]
-    one = modulate(*given_, 1e-6)
-    two = modulate(*(torch.cat([a, a]) for a in given_), 1e-6)[:1]
+    one, two = (
+        PLAIN.norm(x, 1 + scale, shift, 1e-6),
+        PLAIN.norm(*(torch.cat([a, a]) for a in (x, 1 + scale, shift)), 1e-6)[:1],
+    )
     torch.testing.assert_close(one, two)
     weight = torch.randn_like(one)
     gradients = [torch.autograd.grad((out * weight).sum(), given_) for out in (one, two)]
@@ -279,6 +283,28 @@ def test_a_step_computes_no_keys_of_what_does_not_change() -> None:
         assert not called
         dit.condition(given_.text, given_.image)
         assert called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_keys_and_values_in_one_product(dtype: torch.dtype) -> None:
+    """Parity: laid together, layers keep names and values, compute the same, and lay down no second copy."""
+    dit, given_ = random_dit().to(dtype), Inputs.draw(SMALL)
+    before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+    with torch.no_grad():
+        expected = given_.through(dit)
+        for block in dit.blocks:
+            lay_together([block.self_attn.q, block.self_attn.k, block.self_attn.v])
+        products: list[Tensor] = []
+        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: products.append(m))
+        together = given_.through(dit)
+        hook.remove()
+    assert relative_error(together, expected) < (1e-5 if dtype == torch.float32 else 0.02)
+    assert not any(block.self_attn.q in products for block in dit.blocks), "each on its own"
+    assert {name: tensor.shape for name, tensor in dit.state_dict().items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dit.state_dict().items())
+    assert gradients_of(dit.float(), given_).keys() == before.keys()
 
 
 # Precision and gradients

@@ -21,9 +21,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format a preset names; `auto` is bfloat16 where the device multiplies it faster than float32."""
+    """The number format a preset names; `auto` is bfloat16 where the device multiplies it faster than float32.
+
+    Beside `fp8`, which is for matrix products only, all else is bfloat16.
+    """
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return torch.float32 if name == "float32" else torch.bfloat16
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 

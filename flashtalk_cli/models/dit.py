@@ -26,8 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel, attention
 from flashtalk_cli.models.audio import AudioProjector
+from flashtalk_cli.models.fp8 import Rows, to_eight_bits
+from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
 from flashtalk_cli.models.offload import Offload
-from flashtalk_cli.models.rope import rotate, rotation_table
+from flashtalk_cli.models.rope import rotation_table
+from flashtalk_cli.models.token_ops import PLAIN, TokenOps, token_ops
 from flashtalk_cli.parallel.sequence import Sequence
 
 TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the released model
@@ -37,6 +40,12 @@ PARTS = {
     "condition": ("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
     "hear": ("audio_cross_attn.kv_linear",),
 }
+
+# A block's layers that run in every step and take most of its time; the folded ones of audio stay as they are.
+EIGHT_BITS = (
+    *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
+    *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,7 @@ class Layout:
     length: int  # real tokens of the video
     par: Sequence
     kernel: AttentionKernel
+    ops: TokenOps = PLAIN
 
 
 class DiT(nn.Module):
@@ -206,7 +216,15 @@ class DiT(nn.Module):
         length = tokens.shape[1]
         e, modulation = self._embed_time(t)
         rotation = rotation_table(grid, self.params.head_dim, tokens.device)
-        layout = Layout(par.shard(rotation, 0), grid[1] * grid[2], par.span(length), length, par, self.kernel)
+        layout = Layout(
+            rotation=par.shard(rotation, 0),
+            frame_tokens=grid[1] * grid[2],
+            span=par.span(length),
+            length=length,
+            par=par,
+            kernel=self.kernel,
+            ops=token_ops(tokens),
+        )
 
         tokens = par.shard(tokens, 1)
         for block, text, image, heard in zip(
@@ -218,7 +236,7 @@ class DiT(nn.Module):
                 )
             else:
                 tokens = block(tokens, modulation, text, image, heard, layout)
-        tokens = par.gather(self.head(tokens, e), 1, length)
+        tokens = par.gather(self.head(tokens, e, layout.ops), 1, length)
         return self._unpatchify(tokens, grid).float()
 
     def _each_block(self, part: str) -> Iterator[Block]:
@@ -264,17 +282,30 @@ class Block(nn.Module):
         self.audio_cross_attn = AudioCrossAttention(p)
         self.ffn = nn.Sequential(nn.Linear(p.dim, p.ffn_dim), nn.GELU("tanh"), nn.Linear(p.ffn_dim, p.dim))
 
+    def arrange(self, eight_bits: bool) -> None:
+        """Make loaded weights ready for inference: quantised where asked, and q, k, v in one piece of memory."""
+        if eight_bits:
+            to_eight_bits(self, EIGHT_BITS)
+        lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
+
     def forward(
         self, x: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue, audio: KeyValue, layout: Layout
     ) -> Tensor:
         """Tokens held here [B, n, dim] -> the same; modulation: float32 [B, 6, dim] of the time."""
+        ops, eps = layout.ops, self.eps
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.float() + modulation).chunk(
             6, 1
         )
-        x = gated_sum(x, self.self_attn(modulate(x, shift_1, scale_1, self.eps), layout), gate_1)
-        x = x + self.cross_attn(self.norm3(x), text, image, layout.kernel)
-        x = x + self.audio_cross_attn(self.norm_x(x), audio, layout)
-        return gated_sum(x, self.ffn(modulate(x, shift_2, scale_2, self.eps)), gate_2)
+        small = in_eight_bits(self.ffn[0])
+        y = ops.norm(x, 1 + scale_1, shift_1, eps, quantise=small)
+        y = self.self_attn(y, layout)
+        x, y = ops.add_norm(x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small)
+        y = self.cross_attn(y, text, image, layout)
+        x, y = ops.add_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, eps)
+        y = self.audio_cross_attn(y, audio, layout)
+        x, y = ops.add_norm(x, y, None, 1 + scale_2, shift_2, eps, quantise=small)
+        y = self.ffn[2](ops.gelu(self.ffn[0], y, quantise=small))
+        return ops.add(x, y, gate_2)
 
 
 class SelfAttention(nn.Module):
@@ -290,14 +321,15 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(p.dim, p.eps)
         self.norm_k = RMSNorm(p.dim, p.eps)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor | Rows, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
+        q, k, v = linear_together(x, self.q, self.k, self.v)
         q, k = (
-            rotate(_heads(norm.in_float32(linear(x)), self.num_heads), layout.rotation).to(x.dtype)
-            for linear, norm in ((self.q, self.norm_q), (self.k, self.norm_k))
+            layout.ops.rms_rotate(a, norm.weight, layout.rotation, q.shape[-1] // self.num_heads, norm.eps)
+            for a, norm in ((q, self.norm_q), (k, self.norm_k))
         )
-        v = _heads(self.v(x), self.num_heads)
-        return self.o(layout.par.attend(layout.kernel, q, k, v, layout.length).flatten(2))
+        q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))
+        return _out(self.o, layout.par.attend(layout.kernel, q, k, v, layout.length), layout.ops)
 
 
 class CrossAttention(nn.Module):
@@ -329,15 +361,25 @@ class CrossAttention(nn.Module):
             _heads(self.v_img(image), self.num_heads),
         )
 
-    def forward(self, x: Tensor, text: KeyValue, image: KeyValue, kernel: AttentionKernel) -> Tensor:
+    def forward(self, x: Tensor | Rows, text: KeyValue, image: KeyValue, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
-        q = _heads(self.norm_q(self.q(x)), self.num_heads)
+        q = _heads(layout.ops.rms_norm(self.q(x), self.norm_q.weight, self.norm_q.eps), self.num_heads)
+        kernel = layout.kernel
         out = attention(q, *text, kernel=kernel) + attention(q, *image, kernel=kernel)
-        return self.o(out.flatten(2))
+        return _out(self.o, out, layout.ops)
 
 
 class AudioCrossAttention(nn.Module):
-    """The tokens of a latent frame to the speech of that frame only."""
+    """The tokens of a latent frame to the speech of that frame only.
+
+    A frame has hundreds of tokens and hears few, n: so keys are multiplied by the queries' weights, and
+    values by the output's, and not the other way round. With W_q and W_o the rows and columns of a head,
+
+        q k^T = x (W_q^T k^T) + b_q k^T        out = sum over heads of softmax(..) (v W_o^T)
+
+    which is the same number, by one product of [dim, heads n] on either side of the softmax where there
+    was one of [dim, dim]: a quarter of the multiplications in the released model, an eighth in `mini`.
+    """
 
     def __init__(self, p: DitParams) -> None:
         super().__init__()
@@ -355,7 +397,7 @@ class AudioCrossAttention(nn.Module):
         """[B, n, dim] -> [B, n, dim].
 
         Tokens are grouped by frame. A rank whose run of tokens begins or ends inside a frame fills
-        it up to whole frames with zero queries and drops what they got; padding gets zeros.
+        it up to whole frames with zeros and drops what they got; padding gets zeros.
         """
         (start, stop), size = layout.span, layout.frame_tokens
         if start == stop:
@@ -364,17 +406,26 @@ class AudioCrossAttention(nn.Module):
         before, real = start - first * size, stop - start
         padding = x.shape[1] - real
 
-        q = self.q_linear(x)
         whole = real == (last - first) * size and padding == 0
-        if not whole:
-            q = F.pad(q[:, :real], (0, 0, before, last * size - stop))
-        q = rearrange(q, "b (t s) (h d) -> (b t) s h d", s=size, h=self.num_heads)
-        k, v = (kv[:, first:last].flatten(0, 1) for kv in audio)
-        out = attention(q, k, v, kernel=layout.kernel)
-        out = rearrange(out, "(b t) s h d -> b (t s) (h d)", b=x.shape[0])
-        if not whole:
-            out = F.pad(out[:, before : before + real], (0, 0, 0, padding))
-        return self.proj(out)
+        frames = x if whole else F.pad(x[:, :real], (0, 0, before, last * size - stop))
+        frames = rearrange(frames, "b (t s) c -> (b t) s c", s=size)
+        out = self._attend(frames, KeyValue(*(kv[:, first:last].flatten(0, 1) for kv in audio)))
+        out = rearrange(out, "(b t) s c -> b (t s) c", b=x.shape[0])
+        return out if whole else F.pad(out[:, before : before + real], (0, 0, 0, padding))
+
+    def _attend(self, x: Tensor, audio: KeyValue) -> Tensor:
+        """Frames x [f, s, dim] to keys and values [f, n, heads, head_dim]: [f, s, dim]."""
+        heads, scale = self.num_heads, audio.k.shape[-1] ** -0.5
+        w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
+        w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
+        keys, values = (
+            rearrange(torch.bmm(rearrange(kv, "f n h d -> h (f n) d"), w), "h (f n) c -> f (h n) c", f=len(x))
+            for kv, w in ((audio.k, w_q), (audio.v, w_o))
+        )
+        biased = torch.einsum("fnhd,hd->fhn", audio.k, self.q_linear.bias.unflatten(0, (heads, -1)))
+        scores = torch.baddbmm(biased.flatten(1)[:, None], x, keys.mT, beta=scale, alpha=scale)
+        weights = scores.unflatten(-1, (heads, -1)).float().softmax(-1).to(x.dtype)
+        return torch.baddbmm(self.proj.bias, weights.flatten(-2), values)
 
 
 class Head(nn.Module):
@@ -386,10 +437,10 @@ class Head(nn.Module):
         self.head = nn.Linear(p.dim, math.prod(p.patch_size) * p.out_dim)
         self.modulation = _modulation(2, p.dim)
 
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+    def forward(self, x: Tensor, e: Tensor, ops: TokenOps) -> Tensor:
         """[B, n, dim] and the embedded time, float32 [B, dim] -> [B, n, prod(patch_size) * out_dim]."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
-        return self.head(modulate(x, shift, scale, self.eps))
+        return self.head(ops.norm(x, 1 + scale, shift, self.eps))
 
 
 class ImageEmbedding(nn.Module):
@@ -418,26 +469,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def in_float32(self, x: Tensor) -> Tensor:
-        """Normalised x, not yet rounded to the compute dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return self.in_float32(x).to(x.dtype)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift in float32; x [B, n, dim], shift and scale float32 [B, 1, dim]."""
-    if x.device.type == "cpu" and x.shape[0] == 1:  # one pass over memory instead of several
-        return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), eps)
-    normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normal, 1 + scale).to(x.dtype)
-
-
-def gated_sum(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y * gate in float32; x, y [B, n, dim], gate float32 [B, 1, dim]."""
-    return torch.addcmul(x, y, gate).to(x.dtype)
+        return PLAIN.rms_norm(x, self.weight, self.eps)
 
 
 def _modulation(n: int, dim: int) -> nn.Parameter:
@@ -448,6 +482,12 @@ def _modulation(n: int, dim: int) -> nn.Parameter:
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "b n (h d) -> b n h d", h=num_heads)
+
+
+def _out(layer: nn.Module, x: Tensor, ops: TokenOps) -> Tensor:
+    """What attention gave [B, n, heads, head_dim] through its last layer: [B, n, dim]."""
+    x = x.flatten(2)
+    return layer(ops.rows(x) if in_eight_bits(layer) else x)
 
 
 def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:

@@ -67,10 +67,13 @@ def load_dit(
     *,
     kernel: AttentionKernel = SDPA,
     offload: bool = False,
+    eight_bits: bool = False,
     random: bool = False,
     seed: int = 0,
 ) -> DiT:
     """The diffusion transformer; with `offload`, its blocks' weights in host memory (see models/offload.py).
+
+    With `eight_bits`, the blocks' large layers are quantised as they lie on the device (see models/fp8.py).
 
     This and the other loaders: parameters are `dtype` on `device`, without gradients, in evaluation
     mode. Raises ModelError for files that are absent, broken, or whose tensors do not fit (the first
@@ -79,7 +82,12 @@ def load_dit(
     plan = plan_of(folder, "dit", random)
     plan.module.kernel = kernel
     if not offload:
-        return _loaded(plan, device, dtype, random, seed)
+        dit = _loaded(plan, device, dtype, random, seed)
+        for block in dit.blocks:
+            block.arrange(eight_bits)
+        return dit
+    if eight_bits:
+        raise DeviceError("precision.dit fp8 does not go with --offload: leave one of them out")
     dit = _loaded(plan, device, dtype, random, seed, on_host="blocks.")
     dit.offload = Offload(dit.blocks, PARTS, CudaLane(device))
     return dit

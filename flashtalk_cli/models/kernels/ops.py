@@ -1,0 +1,62 @@
+"""The operations of models/token_ops.py by fused kernels; see there for what each means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashtalk_cli.models.fp8 import Rows
+from flashtalk_cli.models.kernels import rows
+from flashtalk_cli.models.token_ops import TokenOps
+
+
+class FusedOps(TokenOps):
+    """One kernel each, for CUDA devices and without gradients."""
+
+    def norm(  # noqa: D102
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, quantise: bool = False
+    ) -> Tensor | Rows:
+        _, out = rows.sum_norm(x, None, None, weight, bias, eps, quantise)
+        assert out is not None
+        return out
+
+    def add(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:  # noqa: D102
+        return rows.sum_norm(x, y, gate)[0]
+
+    def add_norm(  # noqa: D102
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        *,
+        quantise: bool = False,
+    ) -> tuple[Tensor, Tensor | Rows]:
+        total, out = rows.sum_norm(x, y, gate, weight, bias, eps, quantise)
+        assert out is not None
+        return total, out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: D102
+        return rows.rms_rotate(x, weight, None, x.shape[-1], eps)
+
+    def rms_rotate(  # noqa: D102
+        self, x: Tensor, weight: Tensor, rotation: Tensor, head_dim: int, eps: float
+    ) -> Tensor:
+        return rows.rms_rotate(x, weight, rotation, head_dim, eps)
+
+    def rows(self, x: Tensor) -> Rows:  # noqa: D102
+        return rows.quantise_rows(x)
+
+    def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:  # noqa: D102
+        if quantise:
+            return rows.quantise_rows(layer(x), gelu=True)
+        if isinstance(layer, nn.Linear) and isinstance(x, Tensor) and x.dtype != torch.float32:
+            flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+            return flat.view(*x.shape[:-1], -1)  # within the product, before anything is rounded
+        return F.gelu(layer(x), approximate="tanh")
+
+
+FUSED = FusedOps()

@@ -1,0 +1,90 @@
+"""What a block does to each token by itself, between its matrix products: norms, gates, rotation, GELU.
+
+`TokenOps` is plain code: it runs on any device, with gradients, and says what is meant. On a CUDA device
+and without gradients `token_ops` gives the same interface by fused kernels. It is asked once a step, by
+`DiT.forward`; no block asks again.
+
+Everything computes in float32 and gives the dtype of its input; where `quantise` is asked for it gives
+`Rows`, for a layer in eight bits. Shapes: x, y [B, n, dim]; vectors over channels [dim] or [B, 1, dim].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flashtalk_cli.models.fp8 import Rows, quantise_rows
+from flashtalk_cli.models.rope import rotate
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class TokenOps:
+    """Plain code."""
+
+    def norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, quantise: bool = False
+    ) -> Tensor | Rows:
+        """LayerNorm(x) * weight + bias."""
+        if x.device.type == "cpu" and weight.numel() == x.shape[-1]:  # one pass over memory, not several
+            out = F.layer_norm(x, x.shape[-1:], weight.flatten(), bias.flatten(), eps)
+        else:
+            normal = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+            out = torch.addcmul(bias.float(), normal, weight.float()).to(x.dtype)
+        return quantise_rows(out) if quantise else out
+
+    def add(self, x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+        """x + y * gate."""
+        return x + y if gate is None else torch.addcmul(x, y, gate).to(x.dtype)
+
+    def add_norm(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        *,
+        quantise: bool = False,
+    ) -> tuple[Tensor, Tensor | Rows]:
+        """Both in turn: x + y * gate, and the norm of that."""
+        x = self.add(x, y, gate)
+        return x, self.norm(x, weight, bias, eps, quantise=quantise)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x over the root of its mean square over all channels, times weight."""
+        return _rms_norm(x, weight, eps).to(x.dtype)
+
+    def rms_rotate(self, x: Tensor, weight: Tensor, rotation: Tensor, head_dim: int, eps: float) -> Tensor:
+        """The same, and then each head turned by the tokens' places: rotation [n, head_dim / 2, 2]."""
+        heads = _rms_norm(x, weight, eps).unflatten(-1, (-1, head_dim))
+        return rotate(heads, rotation).flatten(-2).to(x.dtype)
+
+    def rows(self, x: Tensor) -> Rows:
+        """x in eight bits."""
+        return quantise_rows(x)
+
+    def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:
+        """GELU, in its tanh form, of what a linear layer makes of x."""
+        out = F.gelu(layer(x), approximate="tanh")
+        return quantise_rows(out) if quantise else out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+
+
+PLAIN = TokenOps()
+
+
+def token_ops(x: Tensor) -> TokenOps:
+    """What is fastest for tokens like x, as things are: device, and whether gradients are kept."""
+    if not (x.is_cuda and HAS_TRITON) or torch.is_grad_enabled():
+        return PLAIN
+    from flashtalk_cli.models.kernels.ops import FUSED
+
+    return FUSED

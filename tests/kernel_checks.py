@@ -1,0 +1,142 @@
+"""Fused kernels against the plain code: parity on fresh random inputs of odd sizes, outputs poisoned.
+
+test_kernels.py runs these: on a GPU as they are; without one through Triton's interpreter, which computes
+what a kernel says and tells nothing of its speed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flashtalk_cli.models import fp8, rope
+from flashtalk_cli.models.fp8 import Rows
+from flashtalk_cli.models.kernels.ops import FUSED
+from flashtalk_cli.models.token_ops import PLAIN
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+SIZES = ((1, 5, 48), (2, 3, 130))  # videos, tokens, channels
+EPS = 1e-6
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel is given to write is full of NaN before."""
+
+    def full(made: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: made(*args, **kwargs).fill_(float("nan"))
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, full(getattr(owner, name)))
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
+
+
+def assert_near(ours: Tensor | Rows, theirs: Tensor | Rows, rounding: float | None = None) -> None:
+    """Equal up to a rounding of the dtype; of e4m3 numbers, up to one where the float32 ones differ by theirs."""
+    if isinstance(ours, Rows) and isinstance(theirs, Rows):
+        assert ours.values.dtype == theirs.values.dtype == torch.float8_e4m3fn
+        assert ours.values.shape == theirs.values.shape
+        torch.testing.assert_close(ours.scales, theirs.scales, rtol=1e-2, atol=0)
+        a, b = ours.values.float(), theirs.values.float()
+        # Triton's interpreter (3.9) forgets to carry where e4m3 rounds up to a power of two: 1.97 becomes 1.
+        odd = (a.frexp().mantissa.abs() != 0.5) & (b.frexp().mantissa.abs() != 0.5)
+        known = odd if INTERPRETED else torch.ones_like(odd)
+        assert ((a - b).abs() <= b.abs() / 7 + 2**-9)[known].all()
+        assert (a != b)[known].float().mean() < 0.1  # where the numbers before were on both sides of a half
+        return
+    assert isinstance(ours, Tensor)
+    assert isinstance(theirs, Tensor)
+    assert ours.dtype == theirs.dtype
+    rounding = rounding or {torch.float32: 2e-5, torch.bfloat16: 2**-7}[ours.dtype]
+    torch.testing.assert_close(ours, theirs, rtol=rounding, atol=rounding * float(theirs.float().std()))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantise", [False, True])
+@torch.no_grad()
+def test_norm_of_each_video_by_its_own_vectors(size: tuple, dtype: torch.dtype, quantise: bool) -> None:
+    b, n, dim = size
+    x = draw(b, n, dim, dtype=dtype) + 3
+    for videos in {1, b}:
+        weight, bias = draw(videos, 6, dim)[:, 2:3], draw(videos, 6, dim)[:, 4:5]  # chunks of one tensor
+        if videos == 1:
+            weight, bias = weight.flatten().to(dtype), bias.flatten().to(dtype)
+        result = FUSED.norm(x, weight, bias, EPS, quantise=quantise)
+        assert_near(result, PLAIN.norm(x, weight, bias, EPS, quantise=quantise))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_sum_and_its_norm(size: tuple, dtype: torch.dtype, gated: bool) -> None:
+    b, n, dim = size
+    x, y = draw(b, n, dim, dtype=dtype), draw(b, n, dim, dtype=dtype)
+    gate = draw(b, 6, dim)[:, 1:2] if gated else None
+    before = x.clone()
+    assert_near(FUSED.add(x, y, gate), PLAIN.add(x, y, gate))
+    weight, bias = draw(1, 1, dim), draw(1, 1, dim)
+    for quantise in (False, True):
+        total, normal = FUSED.add_norm(x, y, gate, weight, bias, EPS, quantise=quantise)
+        assert_near(total, PLAIN.add(x, y, gate))
+        assert_near(normal, PLAIN.norm(total, weight, bias, EPS, quantise=quantise))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(("b", "grid", "heads", "head_dim"), [(1, (2, 3, 2), 3, 16), (2, (3, 1, 3), 5, 22)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_norm_and_rotation(b: int, grid: tuple, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    n, dim = grid[0] * grid[1] * grid[2], heads * head_dim
+    table = rope.rotation_table(grid, head_dim, DEVICE)
+    q, k = draw(b, n, 2 * dim, dtype=dtype).chunk(2, dim=-1)  # as one product for both leaves them
+    weight = draw(dim, dtype=dtype)
+    for x in (q, k, q.contiguous()):
+        ours = FUSED.rms_rotate(x, weight, table, head_dim, EPS)
+        assert ours.is_contiguous()
+        assert_near(ours, PLAIN.rms_rotate(x, weight, table, head_dim, EPS))
+        assert_near(FUSED.rms_norm(x, weight, EPS), PLAIN.rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_rows_in_eight_bits(size: tuple, dtype: torch.dtype) -> None:
+    x = draw(*size, dtype=dtype) * torch.logspace(-6, 6, size[1], device=DEVICE)[:, None].to(dtype)
+    x[0, 0] = 0
+    assert_near(FUSED.rows(x), PLAIN.rows(x))
+    layer = nn.Linear(size[2], 80).to(DEVICE, dtype)
+    given = draw(*size, dtype=dtype)
+    assert_near(FUSED.gelu(layer, given, quantise=True), PLAIN.gelu(layer, given, quantise=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_gelu_of_a_layer(dtype: torch.dtype) -> None:
+    """On a CPU torch's fused form is the other GELU, so only a GPU can show this one."""
+    layer, x = nn.Linear(64, 128).to(DEVICE, dtype), draw(2, 24, 64, dtype=dtype)
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("needs a CUDA device")
+    assert_near(FUSED.gelu(layer, x), PLAIN.gelu(layer, x))
+
+
+@torch.no_grad()
+def test_a_layer_in_eight_bits() -> None:
+    """Parity with the layer it was made of, within what e4m3 numbers leave; and with its own numbers."""
+    layer, x = nn.Linear(64, 96).to(DEVICE, torch.bfloat16), draw(2, 32, 64, dtype=torch.bfloat16)
+    small = fp8.Fp8Linear(layer.weight, layer.bias, torch.bfloat16)
+    rows = PLAIN.rows(x)
+    exact = rows.in_float32() @ (small.weight.float() * small.scale).T + small.bias.float()
+    assert_near(small(rows), exact.bfloat16())
+    assert (small(rows).float() - layer(x).float()).norm() < 0.05 * layer(x).float().norm()
