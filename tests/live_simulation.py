@@ -104,6 +104,9 @@ class StandIn:
             self._clock.sleep(cost_s / 2 / (FRAMES // 4))
             yield frames[start : start + 4]
 
+    def rewind(self) -> None:
+        """There is nothing to go back to."""
+
 
 class SimulatedDelivery(Delivery):
     """A delivery that is polled by the simulated clock in place of a thread."""

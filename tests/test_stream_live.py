@@ -57,6 +57,9 @@ class Flasher:
             time.sleep(self._work_s / 2 / 7)
             yield frames[start : start + 4]
 
+    def rewind(self) -> None:
+        """There is nothing to go back to."""
+
 
 def clapping(seconds: float) -> np.ndarray:
     """A murmur with claps of 10 ms, each at the beginning of a frame: 48 kHz."""

@@ -25,8 +25,8 @@ class LiveTable(Bars):
     """Stages as a render shows them; once on air, a few figures and a line for each output."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._status: events.Event | None = None
+        super().__init__()
 
     def show(self, happened: events.Event) -> None:
         """Update the table, or print what stays above it."""

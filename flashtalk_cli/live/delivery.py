@@ -25,6 +25,7 @@ Sink = Callable[[np.ndarray, np.ndarray], None]
 class Batch:
     """Frames that were decoded together, with their sound."""
 
+    chunk: int
     frames: np.ndarray  # uint8 [T, H, W, 3]
     samples: np.ndarray  # float32 [T * samples per frame]
     arrived_s: np.ndarray  # float64 [T]: when each frame's first sample arrived, NaN for silence
@@ -61,6 +62,7 @@ class Delivery:
         self._queue: deque[Batch] = deque()
         self._queued_frames = 0
         self._last: np.ndarray | None = None
+        self.last_chunk = 0  # of the last frame sent; chunks count from 1
         self._air = Air()
         self._ending = False
         self._failure: Exception | None = None
@@ -89,6 +91,15 @@ class Delivery:
                 for batch in self._queue
             ]
             self._queue = deque(silent)
+
+    def take_back(self, chunk: int) -> bool:
+        """Remove a chunk's frames if none of them was sent; whether that is so."""
+        with self._changed:
+            if self.last_chunk >= chunk:
+                return False
+            self._queue = deque(batch for batch in self._queue if batch.chunk != chunk)
+            self._queued_frames = sum(len(batch.frames) for batch in self._queue)
+            return True
 
     @property
     def on_air(self) -> bool:
@@ -174,6 +185,7 @@ class Delivery:
                 batch, rest = batch.split(n)
                 self._queue.appendleft(rest)
             found.append(batch)
+            self.last_chunk = batch.chunk
             n -= len(batch.frames)
         return found
 

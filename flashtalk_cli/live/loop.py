@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,8 +30,12 @@ class Performer(Protocol):
         """Frames of the next chunk, uint8 [T, H, W, 3] a piece, as they are decoded.
 
         sound: the chunk's own; heard: float32, the past up to the chunk's end and the look-ahead, at the
-        timeline's rate. Closed early when the stream is to end.
+        timeline's rate. Closed early when the stream is to end, or the chunk is not wanted any more.
         """
+        ...
+
+    def rewind(self) -> None:
+        """Perform the next chunk in place of the last one, of which nothing was shown."""
         ...
 
 
@@ -42,6 +46,7 @@ class Manners:
     paced: bool  # whether sound arrives at its own pace and cannot be made to wait
     may_wait_s: float  # how long the source may take to begin before the person idles on air
     keep_alive: bool  # whether to idle after the source has ended
+    knows_future: bool = False  # whether all sound is there when it is wanted, as in a file
 
 
 class Loop:
@@ -71,7 +76,8 @@ class Loop:
         self._costs_s: deque[float] = deque(
             [FIRST_GUESS * rules.chunk_s], maxlen=REMEMBERED_CHUNKS
         )  # to a chunk's first frame
-        self._spoken = 0  # the take that is being spoken; an interruption begins a new one
+        self._take = 0  # an interruption begins a new one
+        self._take_made = 0  # the take that the last chunk belongs to
         self._wait_until_s = math.inf
 
     def run(self) -> None:
@@ -89,8 +95,11 @@ class Loop:
         return len(took_s) * self.rules.chunk_s / sum(took_s) if took_s and sum(took_s) else None
 
     def interrupt(self) -> float:
-        """Drop what is not yet spoken and silence what waits to be sent; the seconds of sound dropped."""
-        self._spoken += 1
+        """Drop what is not yet spoken, and be silent at once; the seconds of sound dropped.
+
+        The chunk on air goes on in silence. One made beyond it is made anew, with the mouth closed.
+        """
+        self._take += 1
         dropped_s = self.timeline.interrupt()
         self.delivery.hush()
         return dropped_s
@@ -99,12 +108,14 @@ class Loop:
         """Show a silent person whatever is said, from the next chunk on; the sound stops at once."""
         self.timeline.muted = muted
         if muted:
-            self._spoken += 1
+            self._take += 1
             self.delivery.hush()
 
     def _wait(self) -> Outlook | None:
         """Wait until a chunk is to begin: what is known then; None when no more is to be made."""
         while not self.stop.is_set() and self.delivery.failure is None:
+            if self._take != self._take_made:
+                self._take_back()
             outlook = self._outlook()
             if outlook.ended and not outlook.unspoken_s and not self.manners.keep_alive:
                 return None
@@ -152,12 +163,15 @@ class Loop:
         fps = self.rules.fps
         n_frames = round(self.rules.chunk_s * fps)
         begun_s = self.clock.now_s()
-        spoken = self._spoken
+        self._take_made = self._take
         last = outlook.ended and not self.manners.keep_alive
         wanted = min(n_frames, math.ceil(self.timeline.unspoken_s * fps - 1e-9)) if last else n_frames
         sound = self.timeline.take(n_frames, silence_before_s(self.rules, outlook))
+        if self.manners.knows_future:  # it waited for us, not we for it
+            sound = replace(sound, arrived_s=np.where(np.isfinite(sound.arrived_s), begun_s, np.nan))
         heard = self.timeline.heard(self.rules.lookahead_s)
         self.speaking = bool(np.isfinite(sound.arrived_s).any())
+        self.chunks += 1
         done = 0
         with closing(self.performer.perform(sound, heard)) as pieces:
             for frames in pieces:
@@ -167,19 +181,27 @@ class Loop:
                 if not done:
                     self._costs_s.append(ready_s - begun_s)
                 if done < wanted:
-                    silent = spoken != self._spoken
-                    self._put(sound, frames[: wanted - done], done, begun_s, ready_s, silent=silent)
+                    self._put(sound, frames[: wanted - done], done, begun_s, ready_s)
                 done += len(frames)
+                if self._take != self._take_made and self._is_unsent():
+                    return  # `_wait` takes it back
         assert done == n_frames, (done, n_frames)
-        self.chunks += 1
         self._chunk_s.append(self.clock.now_s() - begun_s)
 
-    def _put(
-        self, sound: Taken, frames: np.ndarray, at: int, begun_s: float, ready_s: float, *, silent: bool
-    ) -> None:
+    def _is_unsent(self) -> bool:
+        return self.delivery.last_chunk < self.chunks
+
+    def _take_back(self) -> None:
+        """Undo the last chunk after an interruption, if none of its frames was sent."""
+        self._take_made = self._take
+        if self.chunks and self.delivery.take_back(self.chunks):
+            self.timeline.forget()
+            self.performer.rewind()
+
+    def _put(self, sound: Taken, frames: np.ndarray, at: int, begun_s: float, ready_s: float) -> None:
         per_frame = self.timeline.rate_hz // self.rules.fps
         samples = sound.samples[at * per_frame : (at + len(frames)) * per_frame]
         arrived_s = sound.arrived_s[at : at + len(frames)]
-        if silent:
+        if self._take != self._take_made:
             samples, arrived_s = np.zeros_like(samples), arrived_s * np.nan
-        self.delivery.put(Batch(frames, samples, arrived_s, begun_s, ready_s))
+        self.delivery.put(Batch(self.chunks, frames, samples, arrived_s, begun_s, ready_s))

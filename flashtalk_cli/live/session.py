@@ -85,7 +85,7 @@ def lead(
     with ExitStack() as stack:
         encoder = stack.enter_context(_encoder(worker, job, targets, warn, stdout))
         source = open_source(job, timeline, clock, warn)
-        manners = Manners(source.paced, source.may_wait_s, job.keep_alive)
+        manners = Manners(source.paced, source.may_wait_s, job.keep_alive, source.knows_future)
         delivery = Delivery(rules, _sink(encoder, stop), clock, RATE_HZ, stop)
         loop = Loop(rules, manners, timeline, performer, delivery, stop, clock)
 

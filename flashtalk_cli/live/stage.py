@@ -46,6 +46,7 @@ class Cue:
     features: Tensor  # [n_frames, layers, dim]: what is heard
     inputs: Inputs | None = None  # from this chunk on
     new_picture: bool = False  # whether their picture is another, and not only the prompt
+    rewind: bool = False  # whether this chunk takes the place of the last one
 
 
 class Stage:
@@ -58,6 +59,7 @@ class Stage:
         self.heard = chunks.heard_by(0, worker.preset.sampling, worker.preset.hearing)
         self._conditions = self._prepare(self.inputs)
         self._state: State = begin(self._conditions, worker.preset.sampling.seed)
+        self._before = self._state
 
     @property
     def sampling(self) -> Sampling:
@@ -66,8 +68,11 @@ class Stage:
 
     def play(self, cue: Cue) -> Iterator[np.ndarray | None]:
         """One chunk, on all ranks together: frames uint8 [T, H, W, 3] as they decode, None on all but rank 0."""
+        if cue.rewind:
+            self._state = self._before
         if cue.inputs is not None:
             self._change(cue.inputs, cue.new_picture)
+        self._before = self._state
         windows = chunks.windows(cue.features, self.heard, self.sampling.chunk_frames)
         self._state = yield from self._frames(windows)
         self._ranks.pulse.round()
@@ -124,6 +129,7 @@ class ModelPerformer:
         self._gain = RunningGain(RATE_HZ, worker.preset.hearing.loudness_lufs)
         self._lock = threading.Lock()
         self._next: Inputs | None = None
+        self._rewind = False
         self._rest = ExitStack()
         self._rest.enter_context(self._ranks.pulse.resting())
 
@@ -134,7 +140,8 @@ class ModelPerformer:
             inputs, self._next = self._next, None
         self._gain.add(sound.samples)
         new_picture = inputs is not None and inputs.picture is not self._stage.inputs.picture
-        cue = Cue(self._features(heard), inputs, new_picture)
+        cue = Cue(self._features(heard), inputs, new_picture, self._rewind)
+        self._rewind = False
         pieces = self._stage.play(self._ranks.from_leader(cue))
         try:
             for frames in pieces:
@@ -144,7 +151,11 @@ class ModelPerformer:
             if self._ranks.size > 1:
                 for _ in pieces:  # closed early: the other ranks are in the middle of it
                     pass
-        self._rest.enter_context(self._ranks.pulse.resting())  # until the sound of the next one is there
+            self._rest.enter_context(self._ranks.pulse.resting())  # until the sound of the next one is there
+
+    def rewind(self) -> None:
+        """Perform the next chunk in place of the last one, of which nothing was shown."""
+        self._rewind = True
 
     def end(self) -> None:
         """Let the other ranks go."""

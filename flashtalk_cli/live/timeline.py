@@ -54,6 +54,7 @@ class Timeline:
         self._piece_samples = max(1, round(PIECE_S * rate_hz))
         self._backlog_samples = round(backlog_s * rate_hz)
         self._past = np.zeros(round(past_s * rate_hz), np.float32)
+        self._past_before = self._past  # as it was before the last chunk was taken
         self._unspoken: deque[Piece] = deque()
         self._n_unspoken = 0
         self._ended = False
@@ -124,6 +125,12 @@ class Timeline:
             self._remember(samples)
             self.changed.notify_all()
             return Taken(samples, arrived_s, len(lead) + len(tail))
+
+    def forget(self) -> None:
+        """Of the sound taken last nothing was spoken, and none of it will be: it was never heard."""
+        with self.changed:
+            self._past = self._past_before
+            self.silent_before = True
 
     def heard(self, lookahead_s: float) -> np.ndarray:
         """The past and what follows, float32 [past + look-ahead]: silence where nothing has arrived yet."""
@@ -223,4 +230,5 @@ class Timeline:
     def _remember(self, samples: np.ndarray) -> None:
         """Shift the past on by what was spoken."""
         n = min(len(samples), len(self._past))
+        self._past_before = self._past
         self._past = np.concatenate([self._past[n:], samples[len(samples) - n :]])
