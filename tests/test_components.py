@@ -264,6 +264,24 @@ def test_the_vae_learns_and_comes_back() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept, trainer.runs.parameters(), strict=True))
 
 
+def test_a_decoder_goes_on_with_the_latents_it_has() -> None:
+    """The encoder's weights stay as they were given; the decoder's error falls."""
+    plan = replace(vae_training.TOY, rate=4e-3, warm_up_steps=1)
+    video, noise = clip(3), torch.zeros(2, 16, 2, 4, 4)
+    whole = vae_training.Trainer(plan, SMALL, "cpu")
+    whole.begin(video)
+    given = {name: weight.clone() for name, weight in whole.master.state_dict().items()}
+    trainer = vae_training.Trainer(replace(plan, only_decoder=True), SMALL, "cpu", given)
+    trainer.begin(video)
+    errors = [float(trainer.step(video, noise, 0.0)[1]) for _ in range(6)]
+    assert errors[-1] < 0.9 * errors[0]
+    changed = {
+        name for name, weight in trainer.master.state_dict().items() if not torch.equal(weight, given[name])
+    }
+    assert changed
+    assert all(name.startswith(vae_training.DECODING) for name in changed)
+
+
 def test_training_ends_in_time_and_saves_its_average() -> None:
     plan = replace(vae_training.TOY, seconds=2.0, stills=5, batches=(vae_training.Batch(1, 1, 1, 5, 16, 16),))
     model, lines = vae_training.train(StillPool(), plan, "cpu", SMALL)  # type: ignore[arg-type]

@@ -2,8 +2,9 @@
 
     python -m flashtalk_cli.distill.components.train vae    BANK OUT --seconds 540
     python -m flashtalk_cli.distill.components.train speech BANK OUT --seconds 400
+    python -m flashtalk_cli.distill.components.train decoder BANK OUT --seconds 240 --start OUT/vae.safetensors
 
-The two run side by side. Each writes its weights to OUT about every minute and at its end, and what
+The first two run side by side; the third goes on with the VAE's decoder alone, at any time later. Each writes its weights to OUT about every minute and at its end, and what
 it measured to OUT/vae.json and OUT/speech.json; the first trains the image encoder too. `--seconds` is
 all the time that a command takes, measuring at its end included.
 """
@@ -36,9 +37,19 @@ log = logging.getLogger(__name__)
 
 
 def train_vae(
-    bank: Path, out: Path, seconds: float, device: str, plan: vae_training.Plan, workers: int, image_s: float
+    bank: Path,
+    out: Path,
+    seconds: float,
+    device: str,
+    plan: vae_training.Plan,
+    workers: int,
+    image_s: float,
+    start: Path | None = None,
 ) -> None:
-    """Renders, trains the VAE and the image encoder, measures on held-out people, and writes all."""
+    """Renders, trains the VAE and the image encoder, measures on held-out people, and writes all.
+
+    start: weights of a VAE to go on with; their latents' statistics and the image encoder are left alone.
+    """
     began_s = time.monotonic()
     drawing = Drawing(plan.pool_side_px, plan.pool_side_px, plan.pool_frames, batch=min(16, plan.pool_clips))
     pool = ClipPool(SpeechBank(bank, "train"), drawing, plan.pool_clips, device, workers)
@@ -50,31 +61,39 @@ def train_vae(
     }
     log.info("vae %s", figures)
     measuring_s = 1.3 * plan.held_out_clips
-    left_s = seconds - (time.monotonic() - began_s) - image_s - measuring_s
+    given = load_file(start, device=device) if start else None
+    left_s = seconds - (time.monotonic() - began_s) - (0 if given else image_s) - measuring_s
     plan = replace(plan, seconds=left_s)
 
     def save(average: Vae, step: int) -> None:
         vae.save_weights(average, out / "vae_part.safetensors")
         log.info("vae saved at step %d", step)
 
-    model, lines = vae_training.train(pool, plan, device, save=save)
+    model, lines = vae_training.train(pool, plan, device, start=given, save=save)
     vae.save_weights(model, out / "vae_part.safetensors")
     pool.close()
+    figures["log"] = lines
+    if not given:
+        figures |= _normalise(model, pool, plan)
+        encoder, figures["image"] = image.train(pool, image_s, device)
+        image.save_weights(encoder, out / "image.safetensors")
+    vae.save_weights(model, out / "vae.safetensors")
+    clips = held_out_clips(bank, plan.held_out_clips, device, plan.pool_frames)
+    figures["held_out"] = vae.measure(model, clips)
+    log.info("vae %s", figures["held_out"])
+    strip(model, clips).save(out / "vae.png")
+    write_json(out / "vae.json", figures)
+
+
+def _normalise(model: Vae, pool: ClipPool, plan: vae_training.Plan) -> dict[str, list[float]]:
+    """Give the latents zero mean and unit variance over the pool; what they had."""
     height, width = plan.batches[-1].height_px, plan.batches[-1].width_px
     seen = [
         pool.draw(1, plan.pool_frames, height, width, np.random.default_rng(i)) * 2 - 1 for i in range(64)
     ]
     mean, std = vae.latent_statistics(model, seen)
     vae.normalise_latents(model, mean, std)
-    vae.save_weights(model, out / "vae.safetensors")
-    figures |= {"latents_mean": mean.tolist(), "latents_std": std.tolist(), "log": lines}
-    encoder, figures["image"] = image.train(pool, image_s, device)
-    image.save_weights(encoder, out / "image.safetensors")
-    clips = held_out_clips(bank, plan.held_out_clips, device, plan.pool_frames)
-    figures["held_out"] = vae.measure(model, clips)
-    log.info("vae %s", figures["held_out"])
-    strip(model, clips).save(out / "vae.png")
-    write_json(out / "vae.json", figures)
+    return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
 
 def train_speech(
@@ -139,17 +158,19 @@ def _name(device: str) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("vae", "speech"))
+    parser.add_argument("part", choices=("vae", "speech", "decoder"))
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--fill-seconds", type=float, default=60.0)
     parser.add_argument("--image-seconds", type=float, default=25.0)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--start", type=Path, help="of speech: weights to begin with")
+    parser.add_argument("--start", type=Path, help="of speech and decoder: weights to begin with")
     parser.add_argument("--toy", action="store_true", help="run every line at a size that teaches nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
+    if given.part == "decoder" and given.start is None:
+        parser.error("decoder goes on with a VAE: name its weights with --start")
     setup(debug=True)
     given.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
@@ -160,10 +181,12 @@ def main() -> None:
         )
         train_speech(given.bank, given.out, given.seconds, given.device, heard, given.start)
     else:
-        seen = replace(vae_training.TOY if given.toy else vae_training.Plan(), fill_s=given.fill_seconds)
+        whole = vae_training.FINER if given.part == "decoder" else vae_training.Plan()
+        seen = replace(vae_training.TOY if given.toy else whole, fill_s=given.fill_seconds)
         train_vae(
-            given.bank, given.out, given.seconds, given.device, seen, given.workers, given.image_seconds
-        )
+            given.bank, given.out, given.seconds, given.device, seen, given.workers, given.image_seconds,
+            given.start,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

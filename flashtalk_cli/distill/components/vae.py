@@ -56,9 +56,10 @@ def autoencode(vae: Vae, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
     return torch.cat(frames, 1).float(), latents, log_variance
 
 
-def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:
+def reconstruction_loss(made: Tensor, truth: Tensor, unlike: float = 0.15) -> Tensor:
     """How far video is from the truth, both [B, T, H, W, 3] in [-1, 1]; 0 where they are equal.
 
+    unlike: what one minus the structural similarity costs.
     The first frame of a stream has a path of its own and counts as much as four others.
     """
     weight = 1.0 + 3.0 * (torch.arange(made.shape[1], device=made.device) == 0)
@@ -78,7 +79,7 @@ def reconstruction_loss(made: Tensor, truth: Tensor) -> Tensor:
         if scale < 2:
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     frames, wanted = (rearrange(x, "b t h w c -> (b t) c h w") for x in (made, truth))
-    return pixels + 0.25 * edges + 0.5 * change + 0.15 * (1 - similarity(frames, wanted))
+    return pixels + 0.25 * edges + 0.5 * change + unlike * (1 - similarity(frames, wanted))
 
 
 def similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -112,12 +113,16 @@ def latent_loss(latents: Tensor, log_variance: Tensor, kl: float, unit: float) -
     return kl * divergence + unit * (spread + alike)
 
 
-def objective(vae: Vae, video: Tensor, noise: Tensor, kl: float, unit: float) -> tuple[Tensor, Tensor]:
+def objective(
+    vae: Vae, video: Tensor, noise: Tensor, kl: float, unit: float, unlike: float
+) -> tuple[Tensor, Tensor]:
     """The loss of a batch of video in [-1, 1], and the mean squared error within it."""
     made, latents, log_variance = autoencode(vae, video, noise)
     truth = rearrange(video, "b c t h w -> b t h w c").float()
     sampled = latent_loss(latents, log_variance, kl, unit)
-    return reconstruction_loss(made, truth) + sampled, (made.detach().clamp(-1, 1) - truth).square().mean()
+    return reconstruction_loss(made, truth, unlike) + sampled, (
+        made.detach().clamp(-1, 1) - truth
+    ).square().mean()
 
 
 @torch.no_grad()

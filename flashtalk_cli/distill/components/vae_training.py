@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -32,6 +32,8 @@ from flashtalk_cli.distill.muon import Muon
 from flashtalk_cli.models.vae import Vae, VaeParams
 
 log = logging.getLogger(__name__)
+
+DECODING = ("decoder.", "conv2.")  # what a latent goes through on its way to pixels
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,25 @@ class Plan:
     noise: float = 0.03  # standard deviations at most; none in the first third of the time
     kl: float = 1e-6
     unit: float = 2e-3
+    unlike: float = 0.15
+    only_decoder: bool = False
+    turned: bool = True  # the colours of clips
     refresh_share: float = 0.1
     seed: int = 0
 
+
+FINER = Plan(
+    only_decoder=True,
+    turned=False,
+    unlike=1.0,
+    rate=1e-3,
+    rate_others=5e-4,
+    batches=(
+        Batch(every=1, people=8, pictures=1, n_frames=5, height_px=128, width_px=128),
+        Batch(every=4, people=4, pictures=1, n_frames=17, height_px=160, width_px=160),
+    ),
+)
+"""A trained VAE's decoder once more, on people: latents stay what they are, and look more alike."""
 
 TOY = Plan(
     pool_clips=2,
@@ -116,9 +134,11 @@ class Gradient:
 
     def _compute(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         self.runs.zero_grad(set_to_none=True)
-        loss, squared = objective(self.runs, video, noise, self.plan.kl, self.plan.unit)
+        plan = self.plan
+        loss, squared = objective(self.runs, video, noise, plan.kl, plan.unit, plan.unlike)
         loss.backward()
-        for weight, run in zip(self.weights, self.runs.parameters(), strict=True):
+        learning = (run for run in self.runs.parameters() if run.requires_grad)
+        for weight, run in zip(self.weights, learning, strict=True):
             assert weight.grad is not None
             assert run.grad is not None
             weight.grad.copy_(run.grad)
@@ -142,15 +162,22 @@ class Gradient:
 class Trainer:
     """Weights, their running average, and a copy whose gradients belong to CUDA graphs."""
 
-    def __init__(self, plan: Plan, params: VaeParams, device: str) -> None:
+    def __init__(
+        self, plan: Plan, params: VaeParams, device: str, start: Mapping[str, Tensor] | None = None
+    ) -> None:
         torch.manual_seed(plan.seed)
-        self.plan = plan
+        self.plan, self.begun = plan, start is not None
         self.master = Vae(params).to(device)
         first_weights.draw(self.master)
+        if start is not None:
+            self.master.load_state_dict({name: tensor.float() for name, tensor in start.items()})
         self.runs = Vae(params).to(device)
+        for vae in (self.master, self.runs):
+            for name, weight in vae.named_parameters():
+                weight.requires_grad_(not plan.only_decoder or name.startswith(DECODING))
         self.averaged = AveragedModel(self.master, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
-        self.weights = list(self.master.parameters())
-        named = dict(self.master.named_parameters())
+        named = {name: w for name, w in self.master.named_parameters() if w.requires_grad}
+        self.weights = list(named.values())
         matrices = {name for name, w in named.items() if w.ndim >= 4 and not name.endswith("gamma")}
         others = [w for name, w in named.items() if name not in matrices]
         fused = {"fused": True} if device != "cpu" else {}
@@ -175,11 +202,12 @@ class Trainer:
 
     @torch.no_grad()
     def _share(self) -> None:
-        torch._foreach_copy_([*self.runs.parameters()], [*self.weights])
+        torch._foreach_copy_([*self.runs.parameters()], [*self.master.parameters()])
 
     def begin(self, video: Tensor) -> None:
-        """Fit the weights that were drawn to a first batch of video."""
-        first_weights.begin(self.master, video, *statistics(video.device))
+        """Fit weights that were drawn, and not given, to a first batch of video."""
+        if not self.begun:
+            first_weights.begin(self.master, video, *statistics(video.device))
         self._share()
         self.remember()
 
@@ -221,7 +249,9 @@ def batches(
     for number in itertools.count():
         size = [batch for batch in plan.batches if number % batch.every == batch.every - 1][-1]
         shape = (size.n_frames, size.height_px, size.width_px)
-        people = vary_colours(pool.draw(size.people, *shape, rng), generator)
+        people = pool.draw(size.people, *shape, rng)
+        if plan.turned:
+            people = vary_colours(people, generator)
         chosen = torch.from_numpy(rng.integers(len(stills), size=size.pictures)).to(stills.device)
         video = torch.cat([people, film(stills[chosen].float() / 255, *shape, generator)]) * 2 - 1
         latents = (len(video), 16, 1 + (size.n_frames - 1) // 4, size.height_px // 8, size.width_px // 8)
@@ -235,13 +265,15 @@ def train(
     plan: Plan,
     device: str,
     params: VaeParams = MINI,
+    start: Mapping[str, Tensor] | None = None,
     save: Callable[[Vae, int], None] | None = None,
 ) -> tuple[Vae, list[dict[str, float]]]:
     """Trains for `plan.seconds`; returns the averaged VAE, float32 on the device, and a log of lines.
 
+    start: weights to begin with, in place of drawn ones.
     save(vae, step): called about every minute with the average so far.
     """
-    trainer = Trainer(plan, params, device)
+    trainer = Trainer(plan, params, device, start)
     generator = torch.Generator(device).manual_seed(plan.seed)
     stills = torch.cat(
         [(draw_stills(n, plan.stills_side_px, generator) * 255).byte() for n in _pieces(plan.stills, 100)]
@@ -256,7 +288,7 @@ def train(
         if not trainer.steps:
             trainer.begin(video)
         progress = spent_s / plan.seconds
-        noise = noise * min(max(3 * progress - 1, 0), 1)
+        noise = noise * (1 if start else min(max(3 * progress - 1, 0), 1))
         sums += torch.stack(trainer.step(video, noise, progress))
         counted += 1
         if trainer.steps % 10 == 0:
