@@ -41,8 +41,17 @@ END_S = 2.0  # what the outputs get to end
 def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -> int:
     """Stream until the sound ends or `stop` is set; the exit code. All ranks."""
     stage = Stage(worker)
-    worker.emitter.emit("stage", name="warm", detail="a first chunk, which nobody sees")
+    worker.emitter.emit("stage", name="warm", detail="two chunks, which nobody sees")
     stage.warm_up()
+    began_s = time.perf_counter()
+    stage.warm_up()
+    speed = job.preset.sampling.new_s / (time.perf_counter() - began_s)
+    if speed < 1:
+        worker.emitter.emit(
+            "warning",
+            message=f"this machine makes {speed:.2f} s of video in a second: frames will be repeated; "
+            "use fewer --steps, a smaller --size, or more --gpus",
+        )
     if not worker.ranks.leads:
         stage.follow()
         return 0
