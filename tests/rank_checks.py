@@ -42,7 +42,7 @@ VIDEOS = ((3, 4, 6), (2, 6, 10), (1, 2, 2))  # latent frames, rows, columns
 PICTURES = ((5, 7), (7, 1))  # rows and columns of latents
 CANVASES = ((64, 80), (112, 64))  # pixels
 RENDERS = ((80, 64), (64, 112), (96, 80))  # width and height
-RENDERED_S, LONG_CHUNKS = 0.8, 10
+RENDERED_S, LONG_CHUNKS = 0.5, 10
 
 CHUNK, MOTION = 9, 5
 SIZES = {"text_dim": 8, "text_len": 4, "audio_layers": 2, "audio_dim": 6, "image_dim": 10}
@@ -157,7 +157,7 @@ def rendered(ranks: Ranks, folder: Path) -> None:
             description="",
             model=ModelChoice(name=str(folder / "model"), weights="random"),
             canvas=Canvas(width_px=width, height_px=height),
-            sampling=Sampling(steps=2, chunk_frames=13),
+            sampling=Sampling(steps=1, chunk_frames=13),
             hearing=Hearing(context_s=2),
             precision=Precision(dit="float32", vae="float32"),
             compute=Compute(device="cpu"),

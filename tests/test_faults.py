@@ -35,8 +35,9 @@ HOST = socket.gethostname()
 
 # What rank 1 does, or what happens to the run from outside; torchrun and its parent are
 # killed while rank 1 is stopped, which is the hardest case: it cannot see that they are gone.
-INSIDE = ("raises", "memory", "killed", "sleeps", "stopped")
+INSIDE = ("raises", "killed", "sleeps", "stopped", "memory")
 OUTSIDE = {"parent": "parent", "torchrun": "torchrun", "asked": "parent"}  # fault: who gets the signal
+SLOW = ("memory", "torchrun", "asked")  # not slow in themselves, but each run costs a start of torch thrice
 
 
 @dataclass
@@ -111,18 +112,27 @@ def run(folder: Path, how: str) -> Ended:
     )
 
 
+def cases(*names: str) -> list[Any]:
+    """Parameters of a test, the slow ones marked."""
+    return [pytest.param(how, marks=pytest.mark.slow) if how in SLOW else how for how in names]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Ended]]]:
-    """Every fault's run, a few at a time."""
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Ended]]]:
+    """The run of every fault that some selected test asks for, a few at a time."""
+    selected = [item for item in request.session.items if item.path == Path(__file__)]
+    wanted = {item.callspec.params["how"]: None for item in selected if hasattr(item, "callspec")}
     folder = tmp_path_factory.mktemp("faults")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(SIZES))
     soundfile.write(folder / "s.wav", 0.2 * np.sin(np.arange(160_000) / 30), 16_000)
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        yield {how: pool.submit(run, folder, how) for how in (*INSIDE, *OUTSIDE)}
+        yield {how: pool.submit(run, folder, how) for how in wanted}
 
 
-@pytest.mark.parametrize("how", [*INSIDE, *OUTSIDE])
+@pytest.mark.parametrize("how", cases(*INSIDE, *OUTSIDE))
 def test_nothing_is_left_of_a_run_that_failed_but_what_plays(
     how: str, runs: dict[str, Future[Ended]]
 ) -> None:
@@ -145,7 +155,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("how", INSIDE)
+@pytest.mark.parametrize("how", cases(*INSIDE))
 def test_one_line_names_rank_host_cause_and_log(how: str, runs: dict[str, Future[Ended]]) -> None:
     """The rank that failed, not the one that missed it; and its log is there."""
     kind, text = runs[how].result().error
@@ -160,13 +170,15 @@ def test_one_line_names_rank_host_cause_and_log(how: str, runs: dict[str, Future
         assert "in fail" in log.read_text()  # where it hangs
 
 
-def test_whoever_asks_for_the_end_gets_it_in_order(runs: dict[str, Future[Ended]]) -> None:
+@pytest.mark.parametrize("how", cases("asked"))
+def test_whoever_asks_for_the_end_gets_it_in_order(how: str, runs: dict[str, Future[Ended]]) -> None:
     """SIGTERM ends all ranks after the same piece: exit code 130, and no error."""
-    assert runs["asked"].result().lines[-1]["code"] == 130
+    assert runs[how].result().lines[-1]["code"] == 130
 
 
-def test_the_death_of_torchrun_is_told(runs: dict[str, Future[Ended]]) -> None:
+@pytest.mark.parametrize("how", cases("torchrun"))
+def test_the_death_of_torchrun_is_told(how: str, runs: dict[str, Future[Ended]]) -> None:
     """Its ranks die with it, the stopped one too."""
-    kind, text = runs["torchrun"].result().error
+    kind, text = runs[how].result().error
     assert kind == "WorkerError"
     assert "SIGKILL" in text

@@ -168,7 +168,9 @@ def test_what_one_makes_is_worth_comparing(results: Results) -> None:
             assert x.float().std() > 1e-3, name
 
 
-@pytest.mark.parametrize("size", [5, 6, 7])
+@pytest.mark.parametrize(
+    "size", [7, pytest.param(6, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_any_count_of_ranks_makes_what_one_makes(size: int, results: Results) -> None:
     """Parity: counts that nothing divides by, as threads."""
     made: dict[Split, list[Mesh]] = {}
