@@ -309,6 +309,19 @@ def test_a_full_disk_ends_the_recording_and_nothing_else(tmp_path):
     assert "big.mkv.part" in told[0]
 
 
+def test_samples_that_are_no_numbers_are_silence(tmp_path):
+    frames, samples = claps(0, 50)
+    samples[100:5000] = np.nan
+    samples[40_000:41_000] = np.inf
+    told: list[str] = []
+    with live([parse_target("file", str(tmp_path / "x.mkv"))], told) as encoder:
+        assert encoder.write(frames, samples)
+        assert encoder.write(frames[:0], samples[:0])
+        assert encoder.end(10)
+    assert told == []
+    assert n_frames(tmp_path / "x.mkv") == 50
+
+
 def test_no_room_is_said_within_the_limit_and_nothing_is_taken(tmp_path):
     with live([parse_target("file", str(tmp_path / "x.mkv"))]) as encoder:
         os.kill(encoder.pid, signal.SIGSTOP)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -247,3 +248,47 @@ def test_ten_minutes_on_air_in_step(server):
         send_claps(encoder, 0, 600 * FPS, piece=25)
         assert encoder.end(60)
     check_claps(server.taken()[0], 600)
+
+
+def test_many_attempts_leave_nothing_behind(tmp_path):
+    """Neither descriptors nor threads nor processes, and one line was told."""
+    told: list[str] = []
+    dead = parse_target("rtmp", f"rtmp://127.0.0.1:{free_port()}/live/{KEY}")
+    frames = itertools.count()
+    with live([dead], told, policy=quick(retry_s=0.001)) as encoder:
+        before = None
+        encoder._sinks[0]._backoff.wait_s = lambda live_s: 0.0
+        while (attempts := of_kind(encoder, "rtmp").reconnects) < 30:
+            assert encoder.write(*claps(next(frames), 1), limit_s=20)
+            if attempts == 5 and before is None:
+                before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+            time.sleep(0.005)
+        after = (len(os.listdir("/proc/self/fd")), threading.active_count())
+    assert before is not None
+    assert all(now <= then + 4 for now, then in zip(after, before, strict=True))  # of an attempt under way
+    assert len(told) == 1
+
+
+def test_nothing_goes_on_when_its_parent_is_killed(server, tmp_path):
+    """Every ffmpeg ends by itself, and the recording's part plays."""
+    script = (
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from live_outputs import claps, live\n"
+        "from flashtalk_cli.media.live.targets import parse_target\n"
+        "targets = [parse_target(*word.split('=', 1)) for word in sys.argv[1:]]\n"
+        "with live(targets) as encoder:\n"
+        "    for at in range(10**6):\n"
+        "        encoder.write(*claps(at, 1))\n"
+        "        time.sleep(0.01)\n"
+        "        if at % 25 == 0 and all(one.state == 'live' for one in encoder.statistics()):\n"
+        "            print(encoder.pid, *encoder.sink_pids, flush=True)\n"
+    )
+    words = [sys.executable, "-c", script, f"rtmp={server.address}/KEY", f"file={tmp_path}/kept.mkv"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(pids) == 3
+    wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
+    assert n_frames(tmp_path / "kept.mkv.part") > 25

@@ -97,6 +97,15 @@ def everything_said(kind: Kind, text: str) -> tuple[str, str]:
     return everything_shown(target), target.shown.partition("://")[2].partition("/")[0].lower()
 
 
+def test_a_whip_token_is_sent_as_such_and_not_in_the_address():
+    target = parse_target("whip", "https://:TOP%20SECRET@host/PATH")
+    assert target.shown == "https://***@host/***"
+    command = sending(target, 25, "").command
+    assert command[-1] == "https://host/PATH"
+    assert "SECRET" not in everything_shown(target)
+    assert "TOP SECRET" in command or reads_presets(command[0])
+
+
 def test_an_address_is_read_from_a_file_or_a_variable(tmp_path, monkeypatch):
     url = "rtmp://live.example.org/app/KEY"
     (tmp_path / "url").write_text(url + "\n")
@@ -118,6 +127,8 @@ def test_an_address_is_read_from_a_file_or_a_variable(tmp_path, monkeypatch):
         ("rtmp", "rtmp://host:99999/app/KEY", "cannot be understood"),
         ("rtmp", "rtmp://host/app/KEY AND MORE", "spaces"),
         ("srt", "srt://host", "no port"),
+        ("srt", "srt://:1234?mode=listener", "no host"),
+        ("srt", "srt://host:1?mode=listener", "that listens"),
         ("udp", "udp://host", "no port"),
         ("whip", "whip://host/KEY", "http:// or https://"),
         ("file", "video.webm", r"\.mp4, \.mov, \.mkv"),

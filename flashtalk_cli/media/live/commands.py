@@ -12,10 +12,10 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
@@ -38,6 +38,7 @@ PROTOCOLS = {
 PLAYLIST, SEGMENTS = "index.m3u8", "segment-%06d.ts"
 TS_DATAGRAM_BYTES = 1316  # seven packets of 188
 SOCKET_BYTES = 256 << 10  # what the kernel may hold back: more would hide for long that a server stalls
+ORPHAN_US = 20_000_000  # after which a stuck ffmpeg ends by itself, should nobody be left to end it
 SRT_SECRETS = {"passphrase": "passphrase", "streamid": "srt_streamid", "srt_streamid": "srt_streamid"}
 PRESET_LINE_BYTES = 990  # ffmpeg cuts longer ones
 LOW_LATENCY: dict[str, dict[str, Any]] = {
@@ -53,8 +54,8 @@ class Sending:
     `{preset}` in the command stands for the pipe's name. `exposed` is whether the command holds secrets.
     """
 
-    command: tuple[str, ...]
-    preset: bytes = b""
+    command: tuple[str, ...] = field(repr=False)
+    preset: bytes = field(default=b"", repr=False)
     exposed: bool = False
     folder: Path | None = None  # to run in
 
@@ -172,6 +173,7 @@ def _to_network(target: Target, program: str, begin: list[str]) -> Sending:
     url = target.url
     if target.kind == "rtmp":
         options |= {"flvflags": "no_duration_filesize", "send_buffer_size": SOCKET_BYTES}
+        options["rw_timeout"] = ORPHAN_US
         app, playpath = rtmp_names(parts)
         url = f"{parts.scheme}://{parts.netloc}/"
         secret = {"rtmp_app": app, "rtmp_playpath": playpath}
@@ -184,11 +186,16 @@ def _to_network(target: Target, program: str, begin: list[str]) -> Sending:
         options["pkt_size"] = TS_DATAGRAM_BYTES
     elif target.kind == "whip":
         options |= {"c:a": "libopus", "ac": 2}
+        token = unquote(parts.password or "")
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        secret = {"authorization": token} if token else {}
     preset = "".join(f"{name}={value}\n" for name, value in secret.items()).encode()
     if secret and _fits(secret) and reads_presets(program):
         left = any(piece in url for piece in target.secrets)
         command = (*begin, *_options(options), "-fpre", "{preset}", url)
         return Sending(command, preset, exposed=left)
+    if target.kind == "whip":  # of which no ffmpeg makes a header by itself
+        return Sending((*begin, *_options(options | secret), url), exposed=True)
     return Sending((*begin, *_options(options), target.url), exposed=bool(target.secrets))
 
 

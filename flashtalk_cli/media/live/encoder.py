@@ -9,6 +9,7 @@ No clock is read here but for stalls and back-off: when to write is the caller's
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.live.backoff import Backoff
 from flashtalk_cli.media.live.commands import Coding, Sending, live_codec, sending
 from flashtalk_cli.media.live.encoder_process import Backlog, EncoderProcess
 from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder
@@ -38,6 +40,8 @@ from flashtalk_cli.media.part_file import check_writable, part_path
 log = logging.getLogger(__name__)
 
 MOST_FRUITLESS = 5  # encoders in a row that end without having coded a frame
+RESTART_S = 0.1  # the first wait before a new encoder
+SLACK_S = 12.0  # for a process that does not die
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class LiveEncoder:
     """Live outputs being written; a context manager, and leaving it without `end` is `abort`.
 
     Sound is 48 kHz. `on_warning` gets one line without secrets for each outage and each return, from other
-    threads. `stdout` is the descriptor of a target of that kind, to be kept
-    open. Raises `OutputError` as `check_targets`.
+    threads. `stdout` is the descriptor of a target of that kind, to be kept open meanwhile. Raises
+    `OutputError` as `check_targets`.
     """
 
     def __init__(
@@ -104,7 +108,7 @@ class LiveEncoder:
         self._configs: dict[bool, bytes] = {}
         self._form: StreamFormat | None = None
         self._backlog = Backlog(fps, room_frames=max(fps, 16))
-        self._aborted = False
+        self._stopping = threading.Event()
         self._whole = False
         self._failure = ""
         self.encoder_restarts = 0
@@ -153,12 +157,16 @@ class LiveEncoder:
         encoded, `limit_s` at most: False then, and nothing was taken. Raises `OutputError` when no output is
         left or the encoder cannot be started any more.
         """
+        if not len(frames):
+            return True
         assert frames.dtype == np.uint8, frames.dtype
         assert frames.shape[1:] == self._frame_shape, (frames.shape, self._frame_shape)
-        samples = np.asarray(samples, np.float32).reshape(len(samples), -1)
+        # One NaN from outside would end the encoder, and each that comes after it.
+        samples = np.nan_to_num(samples.astype(np.float32, copy=False), nan=0.0).clip(-1, 1)
+        samples = samples.reshape(len(samples), -1)
         assert samples.shape == (len(frames) * SAMPLE_RATE_HZ // self._fps, self._n_channels), samples.shape
         self._check()
-        if not len(frames) or self._backlog.add(frames, samples, limit_s):
+        if self._backlog.add(frames, samples, limit_s):
             return True
         self._check()
         return False
@@ -173,19 +181,19 @@ class LiveEncoder:
             return False
         for sink in self._sinks:
             sink.end(deadline)
-        ended = [sink.join() for sink in self._sinks]
+        ended = [sink.join(max(0.0, deadline - time.monotonic()) + SLACK_S) for sink in self._sinks]
         return all(ended)
 
     def abort(self) -> None:
         """Stop everything at once. A recording stays as its part file, which plays. Harmless after `end`."""
-        self._aborted = True
+        self._stopping.set()
         self._backlog.close()
         self._process.kill()
         for sink in self._sinks:
             sink.abort()
         self._thread.join()
         for sink in self._sinks:
-            sink.join()
+            sink.join(SLACK_S)
 
     def statistics(self) -> tuple[SinkStatistics, ...]:
         """What is known of each output now, in the order in which they were given."""
@@ -219,7 +227,7 @@ class LiveEncoder:
         return Sink(target, how, limits, self._tell, recording=recording)
 
     def _check(self) -> None:
-        if self._aborted:
+        if self._stopping.is_set():
             raise OutputError("the outputs were closed")
         if self._failure:
             raise OutputError(self._failure)
@@ -230,17 +238,17 @@ class LiveEncoder:
     def _run(self) -> None:
         """Units from one encoder after the other to the sinks."""
         try:
-            fruitless = 0
+            fruitless, backoff = 0, Backoff(random.Random(), RESTART_S)
             while fruitless < MOST_FRUITLESS:
-                before = self._backlog.coded_frames
+                before, began = self._backlog.coded_frames, time.monotonic()
                 for tag in self._process.tags(self._policy.stall_s):
                     self._send(tag)
                 why = self._process.close()
                 self._whole = self._backlog.ended and self._backlog.coded_frames == self._backlog.n_frames
-                if self._whole or self._aborted:
+                if self._whole or self._stopping.is_set():
                     return
                 fruitless = 0 if self._backlog.coded_frames > before else fruitless + 1
-                self._start_again(why)
+                self._start_again(why, backoff.wait_s(time.monotonic() - began))
             self._failure = f"the encoder ended {fruitless} times ({why}); flashtalk doctor checks ffmpeg"
         except Exception as error:  # else the caller would wait for ever
             log.debug("the encoder's thread", exc_info=True)
@@ -249,11 +257,12 @@ class LiveEncoder:
             self._backlog.close()
             self._process.kill()
 
-    def _start_again(self, why: str) -> None:
+    def _start_again(self, why: str, wait_s: float) -> None:
+        self._tell(f"the encoder ended ({why}); it is started again and no frame is lost")
+        self._stopping.wait(wait_s)
         self.encoder_restarts += 1
-        self._tell(f"the encoder ended ({why}); started again, no frame is lost")
         self._process = EncoderProcess(self._coding, self._backlog)
-        if self._aborted:
+        if self._stopping.is_set():
             self._process.kill()
 
     def _send(self, tag: Tag) -> None:

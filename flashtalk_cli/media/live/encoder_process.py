@@ -173,9 +173,10 @@ class EncoderProcess:
         It is ended here when nothing came for `stall_s` seconds although it has all that it could wait for.
         """
         assert self._process.stdout is not None
-        stdout, reader = self._process.stdout.fileno(), FlvReader()
+        stdout, reader, poll = self._process.stdout.fileno(), FlvReader(), select.poll()
+        poll.register(stdout, select.POLLIN)
         while True:
-            if not select.select([stdout], [], [], stall_s)[0]:
+            if not poll.poll(stall_s * 1000):
                 if self._backlog.is_full() or self._backlog.ended:
                     self._stalled = f"nothing came out for {stall_s:.0f} s"
                     self.kill()

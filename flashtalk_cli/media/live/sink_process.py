@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import select
+import signal
 import subprocess
 import threading
 import time
@@ -114,9 +115,12 @@ class SinkProcess:
                     return False
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once; one that hangs in the kernel, on a dead disk, is left behind."""
         self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(DYING_S)
+        except subprocess.TimeoutExpired:
+            log.debug("ffmpeg %d does not die", self._process.pid)
         self._close_stdin()
 
     def cause(self) -> str:
@@ -127,7 +131,8 @@ class SinkProcess:
             self.kill()
         self._drainer.join(DYING_S)
         self._close_stdin()
-        told = self._masked(cause(self._process.returncode, list(self._lines)))
+        status = self._process.poll()
+        told = self._masked(cause(-signal.SIGKILL if status is None else status, list(self._lines)))
         return told.rpartition(": ")[2] if "://" in told else told  # the address is known
 
     def _owes(self) -> bool:

@@ -65,12 +65,15 @@ class Sink:
         self._stdout = stdout
         # Who reads standard output may pause for as long as he likes: he skips what he missed.
         self._patience_s = float("inf") if target.kind == "stdout" else limits.stall_s
-        self._queue = UnitQueue(limits.queue_s, lossless=recording is not None)
+        # Longer than a disk may hang: on air, it is given up before anybody would wait for it.
+        queue_s = 2 * limits.stall_s + limits.queue_s if recording else limits.queue_s
+        self._queue = UnitQueue(queue_s, lossless=recording is not None)
         self._backoff = Backoff(rng or random.Random(), limits.retry_s)
         self._thread = threading.Thread(target=self._run, name=f"sink-{target.kind}", daemon=True)
         self._process: SinkProcess | None = None
         self._form: StreamFormat | None = None
         self._ending = threading.Event()  # no more units will come
+        self._failed = threading.Event()  # for good, whatever else happens
         self._deadline = float("inf")  # for everything to be written; monotonic
         self._state: State = "connecting"
         self._reconnects = self._bytes_sent = self._frames_sent = 0
@@ -100,7 +103,7 @@ class Sink:
     def abort(self) -> None:
         """Stop at once; a recording stays as its part file."""
         if self._state != "ended":
-            self._state = "failed"
+            self._failed.set()
         self._queue.close()
         self.end(0.0)
 
@@ -110,12 +113,12 @@ class Sink:
             self._thread.join(limit_s)
         elif self._recording is not None:
             self._recording.leave()
-        return self._state == "ended"
+        return self._state == "ended" and not self.has_failed
 
     @property
     def has_failed(self) -> bool:
         """Whether it is gone for good."""
-        return self._state == "failed"
+        return self._failed.is_set()
 
     @property
     def pid(self) -> int | None:
@@ -125,13 +128,12 @@ class Sink:
 
     def statistics(self) -> SinkStatistics:
         """What is known of it now."""
-        behind_us = (
-            max(0, self._queue.newest_us - self._sent_us) if self._state not in ("ended", "failed") else 0
-        )
+        state: State = "failed" if self.has_failed else self._state
+        behind_us = 0 if state in ("ended", "failed") else max(0, self._queue.newest_us - self._sent_us)
         return SinkStatistics(
             shown=self.target.shown,
             kind=self.target.kind,
-            state=self._state,
+            state=state,
             reconnects=self._reconnects,
             bytes_sent=self._bytes_sent,
             frames_sent=self._frames_sent,
@@ -144,7 +146,7 @@ class Sink:
         try:
             while self._queue.wait_for_start():
                 live_s = self._attempt()
-                if self._state in ("ended", "failed") or self._ending.is_set():
+                if self._state == "ended" or self.has_failed or self._ending.is_set():
                     break
                 self._state = "waiting"
                 self._queue.interrupt()
@@ -248,8 +250,9 @@ class Sink:
 
     def _fail(self, why: str) -> None:
         """Gone for good: told once, and nothing more is held for it."""
-        if self._state != "failed":
-            self._state, self._last_error = "failed", why
+        if not self.has_failed:
+            self._failed.set()
+            self._last_error = why
             self._queue.close()
             part = self._recording
             rest = f"; what was written plays, in {shown(part.path)}" if part and not part.is_empty else ""
@@ -259,12 +262,12 @@ class Sink:
         """Publish a whole recording, leave any other; whoever never got through has failed."""
         if self._recording is not None:
             try:
-                if self._state == "ended":
+                if self._state == "ended" and not self.has_failed:
                     self._recording.publish()
                 else:
                     self._recording.leave()
             except OutputError as error:
                 self._fail(str(error))
-        if self._state not in ("ended", "failed"):
-            self._state = "failed"
+        if self._state != "ended":
+            self._failed.set()
         self._queue.close()

@@ -141,7 +141,7 @@ def _split(kind: Kind, url: str) -> SplitResult:
     if parts.scheme not in SCHEMES[kind]:
         schemes = " or ".join(f"{scheme}://" for scheme in SCHEMES[kind])
         raise UsageError(f"--{kind}: the address must begin with {schemes}; give {EXAMPLES[kind]}")
-    if not host and kind != "srt":  # srt://:PORT listens
+    if not host:
         raise UsageError(f"--{kind}: the address has no host; give {EXAMPLES[kind]}")
     if port is None and kind in ("srt", "udp"):
         raise UsageError(f"--{kind}: the address has no port; give {EXAMPLES[kind]}")
@@ -159,7 +159,10 @@ def _rtmp(url: str, parts: SplitResult) -> Target:
 
 
 def _whip(url: str, parts: SplitResult) -> Target:
-    """Everything behind the host may be the secret: services differ in where they put it."""
+    """Everything behind the host may be the secret: services differ in where they put it.
+
+    A password before the host (`https://:TOKEN@HOST/PATH`) is sent as the bearer token.
+    """
     shown = f"{parts.scheme}://{_authority(parts)}/{HIDDEN}"
     pieces = [parts.path.lstrip("/"), *parts.path.split("/"), parts.query, *_values(parts.query)]
     return Target("whip", shown, url, secrets=_secrets(parts, pieces))
@@ -167,6 +170,8 @@ def _whip(url: str, parts: SplitResult) -> Target:
 
 def _datagrams(kind: Kind, url: str, parts: SplitResult) -> Target:
     pairs = parse_qsl(parts.query, keep_blank_values=True)
+    if kind == "srt" and dict(pairs).get("mode", "caller") != "caller":
+        raise UsageError("--srt: the address must be of a receiver that listens; leave its mode out")
     query = "&".join(
         f"{key}={value}" if key in HARMLESS and re.fullmatch(r"[a-z0-9]*", value) else f"{key}={HIDDEN}"
         for key, value in pairs
