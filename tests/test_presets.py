@@ -50,6 +50,8 @@ VALUES = {
     "compute.attention": st.sampled_from(["auto", "fa3", "flash", "cudnn", "sdpa"]),
     "compute.gpus": st.just("all") | st.integers(1, 1024),
     "compute.ulysses": st.none() | st.integers(1, 64),
+    "compute.engine": st.sampled_from(["torch", "xfuser"]),
+    "compute.offload": st.booleans(),
     "encoding.codec": text,
     "encoding.crf": st.integers(0, 63),
     "live.latency_target_s": st.floats(0.2, 60),
