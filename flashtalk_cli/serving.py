@@ -8,6 +8,7 @@ its error ends them all, and the parent starts anew.
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -29,6 +30,8 @@ from flashtalk_cli.parallel.mesh import make_tiles
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.pipeline.session import Models
 from flashtalk_cli.rendering import Worker, render
+
+log = logging.getLogger(__name__)
 
 LISTEN_S = 1.0  # how long rank 0 waits for a clip before it tells the others that there is none yet
 NOWHERE = -1  # a clip is never written to standard output
@@ -121,10 +124,7 @@ def serve(job: ServeJob, ranks: Ranks, emitter: Emitter, stop: threading.Event) 
     while (clip := _next_clip(orders, ranks, stop)) is not None:
         worker.take(clip)
         line.last = None
-        problem = _attempt(worker, clip, stop)
-        if problem is not None and ranks.size > 1:
-            raise problem
-        last = events.error(problem) if problem else line.last
+        last = _attempt(worker, clip, stop) or line.last
         if ranks.leads:
             assert last is not None
             emitter.send(_clip_event(last))
@@ -145,14 +145,18 @@ def _next_clip(orders: Orders | None, ranks: Ranks, stop: threading.Event) -> Re
             return RenderJob.model_validate_json(text) if text else None
 
 
-def _attempt(worker: WarmWorker, clip: RenderJob, stop: threading.Event) -> Exception | None:
-    """Render a clip; why that failed."""
+def _attempt(worker: WarmWorker, clip: RenderJob, stop: threading.Event) -> Event | None:
+    """Render a clip; its error event when that failed. The error itself would keep the clip's tensors alive.
+
+    Of several ranks, the error is raised: the others are in the middle of the clip.
+    """
     try:
         render(worker, clip, stop, NOWHERE)
-    except torch.OutOfMemoryError as error:
-        return out_of_memory(error)
     except Exception as error:
-        return error
+        if worker.ranks.size > 1:
+            raise
+        log.debug("the clip failed", exc_info=True)
+        return events.error(out_of_memory(error) if isinstance(error, torch.OutOfMemoryError) else error)
     return None
 
 

@@ -145,6 +145,26 @@ def test_a_clip_that_kills_two_replicas_is_the_one_that_fails(tmp_path: Path) ->
     assert puppets[0].starts == 3
 
 
+def test_a_replica_that_dies_after_its_last_frame_has_done_its_clip(tmp_path: Path) -> None:
+    """Fault: the file is whole, so another replica neither renders it again nor calls it failed."""
+    done: Counter[int] = Counter()
+    puppet = Puppet(["dies"], done)
+    record = Record(tmp_path / "results.jsonl", lambda happened: None)
+    clip = clip_of(1, tmp_path)
+    clip.output.write_bytes(b"whole")
+    assert Crew([puppet], [clip], record, []).run() == []
+    assert [(e["state"], e["tries"]) for e in record.clips] == [("skipped", 2)]
+    assert not done
+
+
+def test_two_runs_do_not_share_a_manifest(tmp_path: Path) -> None:
+    first = Record(tmp_path / "results.jsonl", print)
+    with pytest.raises(OutputError, match="another run renders this manifest"):
+        Record(tmp_path / "results.jsonl", print)
+    first.close()
+    Record(tmp_path / "results.jsonl", print).close()
+
+
 def test_a_place_where_replicas_die_is_given_up(tmp_path: Path) -> None:
     """Fault: deaths in a row end the run with an error, and not a clip after the other."""
     crew, record, _, _, _ = crew_of(tmp_path, [["dies"] * 50], 20)

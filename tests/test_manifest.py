@@ -169,6 +169,10 @@ def test_every_line_comes_to_an_end(place: Path, values: list[Any]) -> None:
         (["--manifest", "m", "-o", "a.mp4"], "leave out -o"),
         (["p.png", "s.wav", "--replicas", "2"], "--replicas is for the clips of a --manifest"),
         (["p.png", "s.wav", "--ray", "auto"], "--ray is for"),
+        (
+            ["--manifest", "m", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "a:1"],
+            "for a --manifest on several hosts use --ray",
+        ),
         (["--manifest", "m", "--replicas", "0"], "--replicas is 0; accepted: 1 to 1024"),
         (["p.png"], "missing argument 'SPEECH'"),
     ],
@@ -189,6 +193,17 @@ def test_options_that_are_wrong_for_all_are_wrong_at_once(
     assert run(["render", "--manifest", str(place / "clips.jsonl"), "--steps", "0"]) == 3
     assert "--steps" in capsys.readouterr().err
     assert not (place / "clips.results.jsonl").exists()
+
+
+def test_a_clip_that_its_replica_cannot_share_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: 64x64 has 8 x 8 latents; no worker is started when no clip is left."""
+    (place / "clips.jsonl").write_text(json.dumps({**GOOD, "size": "64x64"}))
+    arguments = ["render", "--manifest", str(place / "clips.jsonl"), "--device", "cpu", "--gpus", "1000"]
+    assert run(arguments) == 9
+    (result,) = (place / "clips.results.jsonl").read_text().splitlines()
+    assert json.loads(result)["type"] == "ConfigError"
 
 
 def test_nothing_to_do_needs_no_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,11 @@ whoever is free; one that cannot be started, or dies again and again, is given u
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +20,8 @@ from flashtalk_cli.batch.clip import Clip
 from flashtalk_cli.batch.replica import Replica
 from flashtalk_cli.errors import FlashtalkError, OutputError, WorkerError
 from flashtalk_cli.events import Event
+
+log = logging.getLogger(__name__)
 
 DEATHS = 3  # in a row without a clip between them: something is wrong with the place, not with a clip
 
@@ -30,7 +35,14 @@ class Record:
         self._show = show
         self._lock = threading.Lock()
         try:
-            self._file: TextIO = path.open("w", encoding="utf-8")
+            self._file: TextIO = path.open("a", encoding="utf-8")
+            with _without_locks_too():
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(0)
+        except BlockingIOError:
+            raise OutputError(
+                f"{path}: another run renders this manifest; wait for it, or make a manifest of the other clips"
+            ) from None
         except OSError as error:
             raise OutputError(
                 f"{path}: the results cannot be written ({error.strerror}); move the manifest to a folder of yours"
@@ -56,6 +68,17 @@ class Record:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+@contextmanager
+def _without_locks_too() -> Iterator[None]:
+    """Go on where a file system has no locks."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        log.debug("no lock: %s", error)
 
 
 def clip_event(clip: Clip, state: str, problem: FlashtalkError | None = None, **fields: Any) -> Event:
@@ -122,6 +145,10 @@ class Crew:
     def _render(self, number: int, replica: Replica, clip: Clip) -> bool:
         """Render a clip, and record or put back what came of it; False when the replica died."""
         known: dict[str, Any] = {"replica": number, "tries": self._backlog.tries(clip)}
+        if known["tries"] > 1 and not clip.overwrite and clip.output.is_file():  # died after its last frame
+            self._record.add(clip_event(clip, "skipped", **known))
+            self._backlog.finish()
+            return True
         try:
             ended = {**clip_event(clip, "done", **known), **replica.render(clip), "line": clip.line}
         except WorkerError as error:

@@ -9,14 +9,15 @@ from flashtalk_cli import launch, log
 from flashtalk_cli.batch.clip import Clip, Setup
 from flashtalk_cli.batch.cluster import RayReplica, connected
 from flashtalk_cli.batch.replica import LocalReplica, Replica
-from flashtalk_cli.batch.run import Crew, Record
+from flashtalk_cli.batch.run import Crew, Record, clip_event
 from flashtalk_cli.cli.batch_display import choose, show_summary
 from flashtalk_cli.cli.display import Display, one_line
+from flashtalk_cli.cli.hosts import check_split
 from flashtalk_cli.cli.machine import probe
 from flashtalk_cli.cli.manifest import plan
 from flashtalk_cli.cli.request import Request, preset_of
 from flashtalk_cli.config import Compute, Preset
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, ClipsError, DeviceError, UsageError
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, ClipsError, ConfigError, DeviceError, UsageError
 from flashtalk_cli.events import event
 from flashtalk_cli.models.folder import resolve
 
@@ -35,7 +36,8 @@ def render_all(
             left: list[Clip] = []
             if planned.clips:
                 left = _work(planned.clips, record, display, replicas, ray, debug)
-            return _end(manifest, record, left, json=json)
+            display.close()
+            return _end(record, left, json=json)
 
 
 def results_path(manifest: Path) -> Path:
@@ -52,7 +54,11 @@ def _work(
     n_replicas = min(replicas, len(clips))
     # Ray first: it would put a handler of its own in the place of ours.
     with connected(ray) if ray else nullcontext(), launch.stop_requests() as requests:
-        setup = Setup.of(clips, _processes(first.compute, n_replicas, ray), debug)
+        processes = _processes(first.compute, n_replicas, ray)
+        clips = [clip for clip in clips if _can_be_split(clip, processes, record)]
+        if not clips:
+            return []
+        setup = Setup.of(clips, processes, debug)
         setup = setup.model_copy(update={"preset": _from_anywhere(setup.preset)})
         crew: list[Replica] = [
             RayReplica(setup, number, requests, record.show)
@@ -61,6 +67,16 @@ def _work(
             for number in range(n_replicas)
         ]
         return Crew(crew, clips, record, requests).run()
+
+
+def _can_be_split(clip: Clip, processes: int, record: Record) -> bool:
+    """Whether a replica's processes can share the clip; recorded as failed when not."""
+    try:
+        check_split(clip.preset, processes)
+    except ConfigError as error:
+        record.add(clip_event(clip, "failed", error))
+        return False
+    return True
 
 
 def _from_anywhere(preset: Preset) -> Preset:
@@ -96,7 +112,7 @@ def processes_each(compute: Compute, replicas: int) -> int:
     return each
 
 
-def _end(manifest: Path, record: Record, left: list[Clip], *, json: bool) -> int:
+def _end(record: Record, left: list[Clip], *, json: bool) -> int:
     """Show what became of the clips; the exit code."""
     if not json:
         show_summary(record, len(left))

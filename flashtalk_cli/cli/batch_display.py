@@ -29,7 +29,8 @@ class ClipLines(Display):
         if kind == "warning":
             self._warnings.add(happened["message"])
         ready = kind == "stage" and happened["name"] == "ready"
-        if ready or kind in ("warning", "clip", "done", "interrupted"):
+        ended = kind == "clip" and happened["state"] != "skipped"  # of those the table has the count
+        if ready or ended or kind in ("warning", *events.LAST[:2]):
             who = f"replica {happened['replica']}: " if ready else ""
             self.write(one_line(who + describe(happened)))
 
@@ -72,7 +73,8 @@ class ClipBars(ClipLines):
             self._rows[replica] = (f"{title} line {happened['line']}", *rest)  # type: ignore[assignment]
         if replica >= 0:
             self._rows.pop(-1, None)
-        self._live.start()
+        if kind in ("stage", "progress", "chunk"):
+            self._live.start()
         super().show(happened)
 
     def write(self, line: str) -> None:

@@ -193,9 +193,9 @@ def render(
         "--weights": ("model.weights", weights),
     }
     given = {option: pair for option, pair in options.items() if pair[1] is not None}
-    _check_inputs(picture, speech, output, manifest, replicas, ray)
-    here = Path()  # a manifest says itself which
     hosts = hosts_of(nnodes, node_rank, rdzv_endpoint)
+    _check_inputs(picture, speech, output, manifest, replicas, ray, hosts.count)
+    here = Path()  # a manifest says itself which
     request = Request(
         picture or here, speech or here, output, preset, sets or (), given, size, overwrite, hosts
     )
@@ -213,6 +213,7 @@ def _check_inputs(
     manifest: Path | None,
     replicas: int | None,
     ray: str | None,
+    n_hosts: int,
 ) -> None:
     """Either a picture and a speech, or a manifest and what only a manifest takes."""
     from flashtalk_cli.errors import UsageError
@@ -227,5 +228,7 @@ def _check_inputs(
     elif picture is not None or output is not None:
         what = "-o" if picture is None else "PICTURE and SPEECH"
         raise UsageError(f"a --manifest names its own files: leave out {what}")
+    elif n_hosts > 1:
+        raise UsageError("--nnodes has hosts share one video; for a --manifest on several hosts use --ray")
     if replicas is not None and not 1 <= replicas <= MAX_REPLICAS:
         raise UsageError(f"--replicas is {replicas}; accepted: 1 to {MAX_REPLICAS}")
