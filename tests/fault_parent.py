@@ -1,4 +1,4 @@
-"""The parent of a run whose rank 1 fails: `fault_parent.py FOLDER HOW`, for tests/test_faults.py.
+"""The parent of a run whose rank 1 fails: `fault_parent.py FOLDER HOW DEVICE`, for tests/test_faults.py.
 
 Prints what happens, a line of JSON each, with the seconds of the clock that all processes share.
 """
@@ -37,11 +37,11 @@ def say(**fields: Any) -> None:
     print(json.dumps({"at_s": time.monotonic(), **fields}), flush=True)
 
 
-def job(folder: Path, how: str) -> RenderJob:
+def job(folder: Path, how: str, device: str) -> RenderJob:
     """A render of 10 s of sound in chunks of 8 frames, to `how`.mp4, by random weights."""
     changes = {
         "model": ModelChoice(name=str(folder / "model"), weights="random"),
-        "compute": Compute(device="cpu", gpus=RANKS),
+        "compute": Compute(device=device, gpus=RANKS),
         "canvas": Canvas(width_px=80, height_px=64),
         "sampling": Sampling(steps=1, chunk_frames=13),
         "hearing": Hearing(context_s=2),
@@ -61,12 +61,15 @@ def faulty(command: list[str]) -> list[str]:
     return ["rank_faults" if part == "flashtalk_cli.worker" else part for part in command]
 
 
-def main(folder: Path, how: str) -> None:
+def main(folder: Path, how: str, device: str) -> None:
     command = launch.worker_command
     launch.worker_command = lambda *arguments: faulty(command(*arguments))
     try:
         code = launch.run(
-            job(folder, how), lambda event: say(**event), on_log=lambda line: say(log=line), processes=RANKS
+            job(folder, how, device),
+            lambda event: say(**event),
+            on_log=lambda line: say(log=line),
+            processes=RANKS,
         )
         say(code=code)
     except FlashtalkError as error:
@@ -74,4 +77,4 @@ def main(folder: Path, how: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

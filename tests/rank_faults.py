@@ -6,12 +6,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 from rank_checks import StandIn
 from torch import Tensor
 
-from flashtalk_cli import worker
+from flashtalk_cli import rendering, worker
+from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import ModelError
 from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.rendering import Worker
@@ -33,6 +35,17 @@ def fail(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def counting(here: Worker, job: RenderJob, pieces: Iterable[Tensor], stdout: int) -> int:
+    """Write nothing, for machines without ffmpeg: count the chunks."""
+    frames = 0
+    for piece in pieces:
+        frames += len(piece)
+        if frames % job.preset.sampling.new_frames == 0:
+            here.emitter.emit("chunk", index=frames // job.preset.sampling.new_frames - 1)
+    here.emitter.emit("done", path=None, frames=frames)
+    return 0
+
+
 def loading(here: Worker) -> object:
     """Load the models, after saying the process ids of all ranks; rank 1's attention fails once it is warm."""
     pids = here.ranks.to_leader(os.getpid())
@@ -45,6 +58,8 @@ def loading(here: Worker) -> object:
         return attend(self, *arguments)
 
     UlyssesRing.attend = attending
+    if here.device.type == "cuda":
+        rendering.write = counting
     return load_models(here)
 
 

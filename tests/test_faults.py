@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from fault_parent import SIZES
 
 from flashtalk_cli.media.probe import probe
@@ -75,11 +76,11 @@ def readers_of(path: Path) -> list[int]:
     return found
 
 
-def run(folder: Path, how: str) -> Ended:
+def run(folder: Path, how: str, device: str = "cpu") -> Ended:
     """Run it, do to it from outside what `how` says once two chunks are written, and wait for its end."""
     search = f"{ROOT}{os.pathsep}{TESTS}"
     parent = subprocess.Popen(
-        [sys.executable, str(TESTS / "fault_parent.py"), str(folder), how],
+        [sys.executable, str(TESTS / "fault_parent.py"), str(folder), how, device],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -118,16 +119,21 @@ def cases(*names: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Ended]]]:
-    """The run of every fault that some selected test asks for, a few at a time."""
-    selected = [item for item in request.session.items if item.path == Path(__file__)]
-    wanted = {item.callspec.params["how"]: None for item in selected if hasattr(item, "callspec")}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's sizes and ten seconds of sound; videos come into it."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps(SIZES))
     soundfile.write(folder / "s.wav", 0.2 * np.sin(np.arange(160_000) / 30), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, folder: Path) -> Iterator[dict[str, Future[Ended]]]:
+    """The run of every fault that some selected test asks for, a few at a time."""
+    selected = [item for item in request.session.items if item.path == Path(__file__)]
+    params = [item.callspec.params for item in selected if "runs" in item.fixturenames]
+    wanted = dict.fromkeys(given["how"] for given in params)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield {how: pool.submit(run, folder, how) for how in wanted}
 
@@ -158,7 +164,12 @@ SAID = {
 @pytest.mark.parametrize("how", cases(*INSIDE))
 def test_one_line_names_rank_host_cause_and_log(how: str, runs: dict[str, Future[Ended]]) -> None:
     """The rank that failed, not the one that missed it; and its log is there."""
-    kind, text = runs[how].result().error
+    said_of(how, runs[how].result())
+
+
+def said_of(how: str, ended: Ended) -> None:
+    """Assert that a run's error is that of its fault."""
+    kind, text = ended.error
     expected, pattern = SAID[how]
     assert kind == expected
     named = pattern.replace("HOST", re.escape(HOST)).replace("LOG", r"(\S+/rank-1\.log)")
@@ -182,3 +193,15 @@ def test_the_death_of_torchrun_is_told(how: str, runs: dict[str, Future[Ended]])
     kind, text = runs[how].result().error
     assert kind == "WorkerError"
     assert "SIGKILL" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["sleeps", "stopped", "killed", "memory"])
+def test_ranks_over_nccl_end_as_soon(how: str, folder: Path) -> None:
+    """The same on two GPUs, where the libraries notice nothing: ten seconds, one line, no process left."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    ended = run(folder, how, "cuda")
+    assert ended.took_s < LIMIT_S, ended.lines[-3:]
+    assert not ended.left
+    said_of(how, ended)
