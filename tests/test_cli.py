@@ -33,6 +33,8 @@ RENDER = ["render", "portrait.png", "hello.wav", "--model", "model"]
 COMMANDS = [
     [],
     ["render"],
+    ["stream"],
+    ["ctl"],
     ["demo"],
     ["presets"],
     ["presets", "show"],
