@@ -467,7 +467,9 @@ STATUS = {
     **{key: 1.5 for _, key, _ in METRICS.values()},
     "state": "idle",
     "source": "live",
-    "latency": {part: {"p50_s": 0.1, "p95_s": None, "p99_s": 0.3} for part in ("total", "fill")},
+    "latency": {
+        part: {"p50_s": 0.1, "p95_s": None, "p99_s": 0.3} for part in ("total", "fill", "compute", "delivery")
+    },
     "sinks": [
         {
             **{
