@@ -104,7 +104,7 @@ def crew_of(
     done: Counter[int] = Counter()
     shown: list[Event] = []
     puppets = [Puppet(script, done) for script in scripts]
-    record = Record(folder / "results.jsonl", shown.append)
+    record = Record(folder / "results.jsonl", shown.append, 9)
     clips = [clip_of(line) for line in range(1, n_clips + 1)]
     return Crew(puppets, clips, record, [] if requests is None else requests), record, done, shown, puppets
 
@@ -149,7 +149,7 @@ def test_a_replica_that_dies_after_its_last_frame_has_done_its_clip(tmp_path: Pa
     """Fault: the file is whole, so another replica neither renders it again nor calls it failed."""
     done: Counter[int] = Counter()
     puppet = Puppet(["dies"], done)
-    record = Record(tmp_path / "results.jsonl", lambda happened: None)
+    record = Record(tmp_path / "results.jsonl", lambda happened: None, 9)
     clip = clip_of(1, tmp_path)
     clip.output.write_bytes(b"whole")
     assert Crew([puppet], [clip], record, []).run() == []
@@ -158,11 +158,11 @@ def test_a_replica_that_dies_after_its_last_frame_has_done_its_clip(tmp_path: Pa
 
 
 def test_two_runs_do_not_share_a_manifest(tmp_path: Path) -> None:
-    first = Record(tmp_path / "results.jsonl", print)
+    first = Record(tmp_path / "results.jsonl", print, 9)
     with pytest.raises(OutputError, match="another run renders this manifest"):
-        Record(tmp_path / "results.jsonl", print)
+        Record(tmp_path / "results.jsonl", print, 9)
     first.close()
-    Record(tmp_path / "results.jsonl", print).close()
+    Record(tmp_path / "results.jsonl", print, 9).close()
 
 
 def test_a_place_where_replicas_die_is_given_up(tmp_path: Path) -> None:

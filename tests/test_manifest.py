@@ -255,7 +255,7 @@ CLIPS: list[Event] = [
 def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Golden: a line a clip, a warning once, and the table in the manifest's order."""
     lines = batch_display.ClipLines()
-    record = Record(tmp_path / "r.jsonl", lines.show)
+    record = Record(tmp_path / "r.jsonl", lines.show, 9)
     for happened in CLIPS:
         (record.add if happened["event"] == "clip" else record.show)(happened)
     assert capsys.readouterr().err.splitlines() == [

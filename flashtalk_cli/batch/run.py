@@ -29,8 +29,9 @@ DEATHS = 3  # in a row without a clip between them: something is wrong with the 
 class Record:
     """What became of each clip: shown, and written as a line of JSON to a file. Usable from several threads."""
 
-    def __init__(self, path: Path, show: Callable[[Event], None]) -> None:
+    def __init__(self, path: Path, show: Callable[[Event], None], n_clips: int) -> None:
         self.path = path
+        self._n_clips = n_clips
         self.clips: list[Event] = []
         self._show = show
         self._lock = threading.Lock()
@@ -55,6 +56,8 @@ class Record:
             self._file.write(events.to_line(happened) + "\n")
             self._file.flush()
             self._show(happened)
+            done = len(self.clips)
+            self._show(events.event("progress", name="clips", done=done, total=self._n_clips, unit="clips"))
 
     def show(self, happened: Event) -> None:
         """Anything else."""

@@ -30,7 +30,8 @@ def render_all(
     with choose(json=json) as display:
         preset_of(common.preset, common.sets, common.options, common.size)  # wrong for all is wrong at once
         planned = plan(manifest, common, lambda done, of: display.progress("look", done, of, "clips"))
-        with closing(Record(results_path(manifest), display.show)) as record:
+        n_clips = len(planned.clips) + len(planned.ended)
+        with closing(Record(results_path(manifest), display.show, n_clips)) as record:
             for ended in planned.ended:
                 record.add(ended)
             left: list[Clip] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashtalk_cli import events
 from flashtalk_cli.batch.run import Record
@@ -44,6 +44,15 @@ class ClipLines(Display):
         self.write(line)
 
 
+class Row(NamedTuple):
+    """What is going on."""
+
+    title: str
+    done: float
+    total: float | None  # None: no bar
+    note: str
+
+
 class ClipBars(ClipLines):
     """The same above live lines, one a replica."""
 
@@ -53,27 +62,25 @@ class ClipBars(ClipLines):
         from rich.live import Live
 
         self._console = Console(stderr=True)
-        self._rows: dict[int, tuple[str, float, float | None, str]] = {}  # title, done, total, note
+        self._rows: dict[int, Row] = {}  # by replica; -1 is the run itself
         self._live = Live(
             console=self._console, get_renderable=self._table, refresh_per_second=4, transient=True
         )
 
     def show(self, happened: events.Event) -> None:
         """Update the replica's live line, or print what stays."""
-        kind, replica = happened["event"], happened.get("replica", -1)
+        kind, line = happened["event"], f" line {happened['line']}" if "line" in happened else ""
+        row: Row | None = None
         if kind == "stage":
-            self._rows[replica] = (happened["name"], 0, None, one_line(happened.get("detail") or ""))
+            row = Row(happened["name"] + line, 0, None, one_line(happened.get("detail") or ""))
         elif kind == "progress":
-            self._rows[replica] = (happened["name"], happened["done"], happened.get("total"), "")
+            done, total = happened["done"], happened["total"]
+            row = Row(happened["name"], done, total, f"{done} of {total}")
         elif kind == "chunk":
             done, total = happened["frames_done"], happened["frames_total"]
-            self._rows[replica] = ("render", done, total, speed_note(happened))
-        if "line" in happened and kind in ("stage", "chunk"):
-            title, *rest = self._rows[replica]
-            self._rows[replica] = (f"{title} line {happened['line']}", *rest)  # type: ignore[assignment]
-        if replica >= 0:
-            self._rows.pop(-1, None)
-        if kind in ("stage", "progress", "chunk"):
+            row = Row("render" + line, done, total, speed_note(happened))
+        if row is not None:
+            self._rows[happened.get("replica", -1)] = row
             self._live.start()
         super().show(happened)
 
@@ -92,9 +99,9 @@ class ClipBars(ClipLines):
         from rich.table import Table
 
         table = Table.grid(padding=(0, 1))
-        for replica, (title, done, total, note) in sorted(self._rows.items()):
-            bar = ProgressBar(total, done, width=BAR_COLUMNS) if total else ""
-            table.add_row(f"replica {replica}" if replica >= 0 else "", title, bar, note)
+        for replica, row in sorted(self._rows.items()):
+            bar = ProgressBar(row.total, row.done, width=BAR_COLUMNS) if row.total else ""
+            table.add_row(f"replica {replica}" if replica >= 0 else "", row.title, bar, row.note)
         return table
 
 
