@@ -30,9 +30,13 @@ from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.parallel.split import split
 from flashtalk_cli.pipeline.session import Models, begin, prepare, step
 
-TIMES_NOISE, FLOOR = 3.0, 1e-3  # what the difference may be: so many times the noise, or this if that is less
+# What the difference may be: so many times the noise, or this if that is less. Matrix products of another
+# count of rows round otherwise (in bfloat16, two layers on a CPU already differ by 0.006 in velocity); that
+# no halo and no token is wrong is held in float32, by tests/test_parallel.py.
+TIMES_NOISE = 3.0
+FLOOR = {"velocity": 0.02, "video": 0.06, "motion": 0.06}
+PARTS = tuple(FLOOR)
 WARM, CHUNKS = 1, 2
-PARTS = ("velocity", "video", "motion")
 
 
 def say(ranks: Ranks, text: str) -> None:
@@ -62,7 +66,7 @@ def chunk(models: Models) -> dict[str, Any]:
     dit, canvas, sampling = models.dit.params, Canvas(), models.sampling
     draw = torch.Generator("cpu").manual_seed(0)
     picture = torch.rand(3, canvas.height_px, canvas.width_px, generator=draw) * 2 - 1
-    text = torch.randn(40, dit.text_dim, generator=draw)
+    text = torch.randn(20, dit.text_dim, generator=draw)
     image = torch.randn(1, 257, dit.image_dim, generator=draw)
     shape = (1, sampling.chunk_frames, dit.audio_window, dit.audio_layers, dit.audio_dim)
     windows = torch.randn(shape, generator=draw)
@@ -125,7 +129,7 @@ def failures(figures: dict[str, Any]) -> list[str]:
     found = [] if figures["finite"] else ["a result is not finite"]
     found += [] if figures["repeated"] else ["the same seed gave another video"]
     for part in PARTS:
-        limit = max(FLOOR, TIMES_NOISE * figures["noise"][part])
+        limit = max(FLOOR[part], TIMES_NOISE * figures["noise"][part])
         if not figures["difference"][part] <= limit:
             found.append(f"{part}: {figures['difference'][part]:.2e} from one GPU; allowed {limit:.2e}")
     return found

@@ -195,13 +195,23 @@ def test_the_death_of_torchrun_is_told(how: str, runs: dict[str, Future[Ended]])
     assert "SIGKILL" in text
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("how", ["sleeps", "stopped", "killed", "memory"])
-def test_ranks_over_nccl_end_as_soon(how: str, folder: Path) -> None:
-    """The same on two GPUs, where the libraries notice nothing: ten seconds, one line, no process left."""
+OVER_NCCL = ("sleeps", "stopped", "killed", "memory")
+
+
+@pytest.fixture(scope="module")
+def gpu_runs(folder: Path) -> Iterator[dict[str, Future[Ended]]]:
+    """The same on two GPUs, all at once."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    ended = run(folder, how, "cuda")
+    with ThreadPoolExecutor(len(OVER_NCCL)) as pool:
+        yield {how: pool.submit(run, folder, how, "cuda") for how in OVER_NCCL}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", OVER_NCCL)
+def test_ranks_over_nccl_end_as_soon(how: str, gpu_runs: dict[str, Future[Ended]]) -> None:
+    """Where the libraries notice nothing: ten seconds, one line, no process left."""
+    ended = gpu_runs[how].result()
     assert ended.took_s < LIMIT_S, ended.lines[-3:]
     assert not ended.left
     said_of(how, ended)
