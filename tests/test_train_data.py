@@ -11,6 +11,7 @@ import pytest
 import torch
 from toy_training import SIDE_PX, load_presets, write_bank, write_presets
 
+from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill import shards
 from flashtalk_cli.distill.encoding import (
     Clip,
@@ -20,6 +21,7 @@ from flashtalk_cli.distill.encoding import (
     picture_frames,
     window_starts,
 )
+from flashtalk_cli.distill.evaluate import loudness_of
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people_data import Cast, draw_plan, merged
 from flashtalk_cli.distill.pool import Pool, Rows, open_pool
@@ -222,3 +224,14 @@ def _mini():
 
     preset = presets.load("mini", (), presets.Kind(TrainPreset, "train"))
     return preset, presets.load(preset.render)
+
+
+def test_loudness_follows_a_voice_frame_by_frame() -> None:
+    """1 under the loudest frames, 0 where there is silence, and on time."""
+    samples = np.zeros(4 * SAMPLE_RATE_HZ, np.float32)
+    on = slice(SAMPLE_RATE_HZ, 2 * SAMPLE_RATE_HZ)
+    samples[on] = 0.3 * np.sin(np.arange(SAMPLE_RATE_HZ) * 0.1)
+    loud = loudness_of(samples, 25)
+    assert loud[26:49].min() > 0.95
+    assert loud[:24].max() == 0
+    assert loud[52:].max() == 0

@@ -4,6 +4,8 @@
                 lips with the true gap, and at which lag it is best; again at the end of a long rollout
     rollouts    5 minutes on end: measures.py's five figures over time, first minute against last
     silence     the same people with nothing to say: is the mouth shut, do they still move?
+    recording   the same people speaking with a real person's voice: correlation of the gap with how loud the
+                voice is, which rises and falls with its syllables
 
 Writes eval.json, eval.md, plots and film strips.
 """
@@ -14,11 +16,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
+from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill.config import Evaluation
 from flashtalk_cli.distill.drive import Method, drive
 from flashtalk_cli.distill.measures import (
@@ -37,6 +43,8 @@ from flashtalk_cli.models.vae import Vae
 STRIP_TIMES = 8  # frames of a film strip, from the first to the last
 SILENT_CHUNKS = 6
 SEED = 7
+QUIET_DB = 35.0  # below the loudest frame, a voice pauses
+RECORDING = Path(__file__).parent.parent / "assets" / "speech" / "austen.wav"
 
 
 class Interrupted(Exception):
@@ -66,6 +74,7 @@ class Result:
     last: dict[str, float]  # and the last; of a short rollout the same
     silent_gap: float  # mean gap in silence over the mouth's width
     silent_life: float
+    recorded: Lips  # against how loud a recorded voice is
     chunk_s: float
     gap: Tensor  # [P, frames of the beginning]
     strip: Tensor  # uint8 [P, STRIP_TIMES, H, W, 3]
@@ -86,6 +95,7 @@ class Result:
             "last_over_first": kept,
             "silent_gap": self.silent_gap,
             "silent_life": self.silent_life,
+            "recorded": vars(self.recorded),
             "chunk_s": self.chunk_s,
             "series": {name: self.series[:, i].tolist() for i, name in enumerate(NAMES)},
         }
@@ -143,6 +153,7 @@ class Bench:
             last=_named(values[-window:].mean(0)),
             silent_gap=silent_gap,
             silent_life=silent_life,
+            recorded=self._recorded(dit, candidate),
             chunk_s=chunk_s,
             gap=gap[:, :n_shown],
             strip=torch.stack(strip, dim=1),
@@ -163,12 +174,43 @@ class Bench:
         gap = gaps_of(torch.cat(crops, dim=1), torch.ones(len(panel)))
         return gap.clamp(min=0).mean().item(), torch.cat(life, dim=1).mean().item()
 
+    def _recorded(self, dit: DiT, candidate: Candidate) -> Lips:
+        """How the gap follows a recorded voice."""
+        base = self.panel.encoders.base
+        samples = recording()
+        panel = self.panel.saying(samples)
+        n_chunks = max(1, int(len(samples) / SAMPLE_RATE_HZ / base.sampling.new_s))
+        loud = Candidate(
+            candidate.name, candidate.dit, candidate.method, min(n_chunks, self.plan.short_chunks)
+        )
+        crops = [mouth_crops(frames, panel.mouth_box) for frames in self._drive(dit, loud, panel)]
+        gap = gaps_of(torch.cat(crops, dim=1), torch.ones(len(panel)))
+        voice = loudness_of(samples, base.sampling.fps)[: gap.shape[1]]
+        return compare_lips(gap.numpy(), np.tile(voice, (len(panel), 1)))
+
     def _drive(self, dit: DiT, candidate: Candidate, panel: Panel) -> Any:
         generator = torch.Generator(panel.encoders.device).manual_seed(SEED)
         for frames in drive(dit, self.vae, panel, candidate.method, candidate.n_chunks, generator):
             if self.stop.is_set():
                 raise Interrupted
             yield frames
+
+
+def recording() -> np.ndarray:
+    """The recorded voice that comes with the program, float32 at 16 kHz."""
+    samples, rate_hz = soundfile.read(RECORDING, dtype="float32")
+    assert rate_hz == SAMPLE_RATE_HZ
+    return samples
+
+
+def loudness_of(samples: np.ndarray, fps: int) -> np.ndarray:
+    """How loud sound at 16 kHz is under each frame: 1 at its loudest, 0 from 35 dB below that on."""
+    import librosa
+
+    hop = SAMPLE_RATE_HZ // fps
+    power = librosa.feature.rms(y=samples, frame_length=2 * hop, hop_length=hop)[0]
+    loud_db = librosa.amplitude_to_db(power, ref=np.max)
+    return np.clip(1 + loud_db / QUIET_DB, 0, 1)
 
 
 def of_truth(panel: Panel, fps: int) -> Lips:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +54,14 @@ class Panel:
         sounds = np.concatenate([self.encoders.sounds(clip, [start]) for clip in clips])
         return windows_of(self.encoders.hear(sounds)).to(self.encoders.device)
 
+    def saying(self, samples: np.ndarray) -> Panel:
+        """The same people, all saying this: float32 at 16 kHz, brought to the gain of use."""
+        gain = np.float32(loudness_gain(samples, self.encoders.base.hearing.loudness_lufs))
+        return replace(self, sound=[samples * gain] * len(self))
+
     def hushed(self) -> Panel:
         """The same people with nothing to say."""
-        return Panel(**{**vars(self), "sound": [np.zeros_like(samples) for samples in self.sound]})
+        return replace(self, sound=[np.zeros_like(samples) for samples in self.sound])
 
 
 def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 SHOWN_PEOPLE = 4
 COLUMNS = (
     "", "evaluations a chunk", "lips r", "r at lag 0", "lag", "worst r", "closed", "silent gap",
-    "silent life", "seconds", *(f"{name} first → last" for name in NAMES), "lips r at the end",
+    "silent life", "recorded r", "seconds", *(f"{name} first → last" for name in NAMES), "lips r at the end",
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def write(out: Path, results: Sequence[Result], truth: Lips, panel: Panel, about
 def table(results: Sequence[Result], truth: Lips) -> str:
     """The results as a Markdown table."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
-    rows.append(("truth, by the meter", "", *_lips(truth), "", "", "", *("" for _ in NAMES), ""))
+    rows.append(("truth, by the meter", "", *_lips(truth), "", "", "", "", *("" for _ in NAMES), ""))
     for result in results:
         kept = (f"{result.first[name]:.3f} → {result.last[name]:.3f}" for name in NAMES)
         rows.append(
@@ -59,6 +59,7 @@ def table(results: Sequence[Result], truth: Lips) -> str:
                 *_lips(result.lips),
                 f"{result.silent_gap:.3f}",
                 f"{result.silent_life:.2f}",
+                f"{result.recorded.correlation:.3f}",
                 str(len(result.series)),
                 *kept,
                 f"{result.lips_at_end.correlation:.3f}" if result.lips_at_end else "",
