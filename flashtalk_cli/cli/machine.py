@@ -41,6 +41,7 @@ class Needs:
     host_offloaded: float
 
 
+# With --offload: counted from the sizes of weights and activations, and rounded up; not yet measured.
 NEEDS = {"soulx-14b": Needs(gpu=44e9, gpu_offloaded=20e9, host_offloaded=44e9)}
 
 
