@@ -1,10 +1,10 @@
 """The command lines of the encoder and of the sinks, and which ffmpeg can run them.
 
 A command line can be read by every user of the machine (`ps`). So what is secret goes to ffmpeg as options in
-a preset that it reads from a pipe: an RTMP play path, an SRT passphrase and stream id. Two things remain
-visible: addresses of which no option can take the secret part (the path of a WHIP address, a user's name and
-password before an RTMP host), and everything when ffmpeg ignores such presets, as some builds since 7 do.
-`Sending.exposed` says so, and the caller tells the user.
+a preset that it reads from a pipe: an RTMP application and play path, an SRT passphrase and stream id. Two
+things remain visible: what no option takes (a WHIP address, a name and password before an RTMP host), and
+everything where ffmpeg ignores such presets (4.2, 5.1 and 7.0 follow them, 9.0 does not). `Sending.exposed`
+says so, and the user is told.
 """
 
 from __future__ import annotations
