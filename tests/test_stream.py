@@ -199,6 +199,8 @@ def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple
         (["--audio", "speech.wav", "--rtmp", "http://h/a/k"], "rtmp://"),
         (["--audio", "ftp://x", "-o", "x.mp4"], "no sound is read from ftp://"),
         (["--audio", "none.wav", "-o", "x.mp4"], "none.wav: no such file"),
+        (["--audio", "p.png", "-o", "x.mp4"], "p.png: no sound"),
+        (["--audio", "env:NO_SUCH_NAME", "-o", "x.mp4"], "NO_SUCH_NAME"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_one_line(place, monkeypatch, capsys, arguments, said) -> None:

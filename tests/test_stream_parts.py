@@ -32,6 +32,7 @@ from flashtalk_cli.live.inputs import parse_listen, parse_pcm, parse_source
 from flashtalk_cli.live.latency import Latency
 from flashtalk_cli.live.listen import BUSY, MESSAGE_BYTES, UNFIT, ListenSource
 from flashtalk_cli.live.loudness import RunningGain
+from flashtalk_cli.live.masking import masked
 from flashtalk_cli.live.sources import Decoder, FfmpegSource, Source, StdinSource, ffmpeg_input
 from flashtalk_cli.live.status import METRICS, prometheus
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
@@ -226,6 +227,27 @@ def test_an_address_that_fails_is_tried_again_with_one_warning() -> None:
         time.sleep(1.5)
         assert not store.ended
     assert len(warnings) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(*[st.from_regex(r"[A-Za-z0-9]{8,20}", fullmatch=True) for _ in range(4)])
+def test_an_address_is_shown_without_its_secrets(user, password, key, token) -> None:
+    url = f"rtmp://{user}:{password}@media.example:1935/app/{key}?token={token}"
+    text = masked(url, f"{url}: failed; stream {key} of {user} ({password}, {token})")
+    for secret in (user, password, key, token):
+        assert secret not in text.replace("media.example", "")
+    assert "media.example:1935" in text
+
+
+def test_the_address_of_a_source_that_fails_is_warned_of_without_its_key() -> None:
+    store, warnings = timeline(), []
+    where = "rtmp://127.0.0.1:9/live/sk-SECRET?token=ALSO"
+    source = FfmpegSource(SoundSource(kind="url", where=where), False, store, Clock(), warnings.append)
+    with running(source):
+        wait_until(lambda: bool(warnings))
+    assert "127.0.0.1:9" in warnings[0]
+    assert "SECRET" not in warnings[0]
+    assert "ALSO" not in warnings[0]
 
 
 def test_a_playlist_from_outside_reads_no_file_here(tmp_path) -> None:

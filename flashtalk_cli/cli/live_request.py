@@ -24,10 +24,10 @@ from flashtalk_cli.config import Preset, SoundSource, StreamJob
 from flashtalk_cli.errors import OutputError, UsageError
 from flashtalk_cli.live.address import check_free, parse_address
 from flashtalk_cli.live.control import default_socket
-from flashtalk_cli.live.inputs import parse_listen, parse_source
+from flashtalk_cli.live.inputs import check_readable, parse_listen, parse_source
 from flashtalk_cli.media.image import load_picture, picture_size
 from flashtalk_cli.media.live.encoder import check_targets
-from flashtalk_cli.media.live.targets import Target, parse_target
+from flashtalk_cli.media.live.targets import Target, parse_target, resolve_secret
 from flashtalk_cli.models.folder import resolve
 
 STDIN = 0
@@ -131,17 +131,19 @@ def source_of(request: LiveRequest) -> SoundSource:
         raise UsageError("--token goes with --listen")
     pcm = request.pcm or PCM
     if request.listen is not None:
-        from flashtalk_cli.media.live.targets import resolve_secret
-
         token = None if request.token is None else resolve_secret("--token", request.token)
         found = parse_listen(request.listen, pcm=pcm, token=token)
     else:
         assert request.audio is not None
-        found = parse_source(request.audio, pcm=pcm, loop=request.loop)
+        secret = request.audio.startswith(("@", "env:"))
+        audio = resolve_secret("--audio", request.audio) if secret else request.audio
+        found = parse_source(audio, pcm=pcm, loop=request.loop)
     if request.loop and found.kind != "file":
         raise UsageError("--loop repeats a file; this --audio is none")
     if found.kind == "stdin" and sys.stdin.isatty():
         raise UsageError("standard input is a terminal; pipe raw PCM into --audio -")
+    if found.kind == "file":
+        check_readable(found)
     return found
 
 

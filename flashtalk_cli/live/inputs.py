@@ -10,14 +10,15 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from flashtalk_cli.config import PcmFormat, SoundSource, StreamJob
-from flashtalk_cli.errors import UsageError
+from flashtalk_cli.errors import InputError, UsageError
 from flashtalk_cli.live.address import parse_address
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.listen import ListenSource
-from flashtalk_cli.live.sources import PROTOCOLS, FfmpegSource, Source, StdinSource
+from flashtalk_cli.live.sources import PROTOCOLS, FfmpegSource, Source, StdinSource, ffmpeg_input
 from flashtalk_cli.live.timeline import Timeline
 from flashtalk_cli.media.audio import WANTED
-from flashtalk_cli.media.files import check_file
+from flashtalk_cli.media.ffmpeg import cause, run
+from flashtalk_cli.media.files import check_file, shown
 
 STDIN = 0
 
@@ -37,6 +38,15 @@ def parse_source(audio: str, *, pcm: str = "s16le:16000:1", loop: bool = False) 
     path = Path(audio)
     check_file(path, WANTED)
     return SoundSource(kind="file", where=str(path.absolute()), loop=loop)
+
+
+def check_readable(source: SoundSource) -> None:
+    """`InputError` when ffmpeg gets no sound from a file."""
+    status, lines = run(ffmpeg_input(source).output("-", format="null", map="0:a:0", t=0.1))
+    if status:
+        raise InputError(
+            f"{shown(source.where)}: no sound can be had from it ({cause(status, lines)}); give {WANTED}"
+        )
 
 
 def parse_listen(address: str, *, pcm: str = "s16le:16000:1", token: str | None = None) -> SoundSource:

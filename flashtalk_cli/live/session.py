@@ -113,6 +113,8 @@ def lead(
         source.start()
         delivery.start()
         loop.run()
+        if source.failure is not None and not delivery.sent_frames:
+            raise source.failure
         if not encoder.end(END_S):
             warn(f"not every output was done within {END_S:.0f} s; what was not sent is lost")
     emitter.emit(

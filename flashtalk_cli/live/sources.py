@@ -24,9 +24,11 @@ import numpy as np
 from flashtalk_cli.config import PcmFormat, SoundSource
 from flashtalk_cli.errors import FlashtalkError, InputError
 from flashtalk_cli.live.clock import Clock
+from flashtalk_cli.live.masking import masked, shown_address
 from flashtalk_cli.live.reading import LongReading
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
 from flashtalk_cli.media.ffmpeg import cause
+from flashtalk_cli.media.files import shown
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Source:
         self.warn = on_warning
         self.closed = threading.Event()
         self.state = "starting"
+        self.failure: FlashtalkError | None = None  # why it ended, if not because the sound did
         self.on_interrupt: Callable[[], float] = lambda: 0.0  # for a source that can ask for silence
         self._thread = threading.Thread(target=self._live, name="source", daemon=True)
 
@@ -95,7 +98,8 @@ class Source:
         try:
             self.read()
         except FlashtalkError as error:
-            self.warn(f"the sound ended: {error}")
+            self.failure = error
+            self.warn(str(error))
         except Exception as error:
             log.debug("a source failed", exc_info=True)
             self.warn(f"the sound ended: {type(error).__name__}: {error}")
@@ -110,8 +114,10 @@ class FfmpegSource(Source):
         super().__init__(*rest)
         self._source = source
         self._keep_alive = keep_alive
-        scheme = urlsplit(source.where).scheme if source.kind == "url" else ""
-        self.paced = source.kind == "microphone" or (source.kind == "url" and scheme not in WAITING_SCHEMES)
+        is_url = source.kind == "url"
+        scheme = urlsplit(source.where).scheme if is_url else ""
+        self._shown = shown_address(source.where) if is_url else shown(source.where) or "the microphone"
+        self.paced = source.kind == "microphone" or (is_url and scheme not in WAITING_SCHEMES)
         self.knows_future = source.kind == "file"
         self.may_wait_s = 0.0 if self.paced else 5.0
         self._reading: LongReading | None = None
@@ -125,13 +131,13 @@ class FfmpegSource(Source):
             if self.closed.is_set():
                 return
             got_some = self.timeline.arrived_samples > n_before
-            why = cause(status, lines) if status else "it ended"
+            why = masked(self._source.where, cause(status, lines)) if status else "it ended"
             if not self._comes_again(status):
                 if not got_some:
-                    raise InputError(f"{self._source.where or 'the microphone'}: no sound ({why})")
+                    raise InputError(f"{self._shown}: no sound can be had from it ({why})")
                 return
             if got_some or self.state != "waiting":
-                self.warn(f"the sound stopped ({why}); trying to get it back")
+                self.warn(f"{self._shown}: no sound ({why}); trying to get it back")
                 pause_s = FIRST_RETRY_S
             self.state = "waiting"
             self.closed.wait(pause_s * random.uniform(0.7, 1.3))
