@@ -3,8 +3,8 @@
 Noise within a run is the chunks' own spread: the difference of two medians, as a ratio, has a standard
 error that a bootstrap gives. It draws runs of consecutive chunks, since neighbours are alike (clocks, heat,
 other programs). Noise between runs, which no single run shows, is allowed for by DRIFT: two runs of one
-program on a quiet machine differ by a few per cent. Slower is what is beyond both: the interval that holds
-the true ratio with 99 % lies wholly above 1 + DRIFT.
+program on a quiet machine differ by a few per cent. Slower is what is beyond both: the true ratio is above
+1 + DRIFT with 99 %.
 
 What decides is the time of a chunk, the time to its first frame, and peak memory (which has no noise but
 the allocator's, so MEMORY_DRIFT is all it may grow by). Single parts are only told.
@@ -35,7 +35,7 @@ Verdict = Literal["slower", "faster", "same", "unclear"]
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of two reports; the ratio is new over old, with the bounds that hold it with 99 %."""
+    """One figure of two reports; the ratio is new over old, with bounds of which each holds with 99 %."""
 
     name: str
     old: float
@@ -138,12 +138,12 @@ def _memory(old: float, new: float) -> Row:
 
 
 def ratio_bounds(old_s: Sequence[float], new_s: Sequence[float]) -> tuple[float, float]:
-    """Bounds of the ratio of two medians, new over old, that hold the true one with CONFIDENCE."""
+    """A lower and an upper bound of the ratio of two medians, new over old, each of which holds with CONFIDENCE."""
     samples = [np.log(np.maximum(1e-9, x)) for x in (old_s, new_s)]
     difference = float(np.median(samples[1]) - np.median(samples[0]))
     generator = np.random.default_rng(SEED)
     variance = sum(float(_medians(x, generator).var()) * len(x) / (len(x) - 1) for x in samples)
-    half = _student((1 + CONFIDENCE) / 2, len(samples[0]) + len(samples[1]) - 2) * variance**0.5
+    half = _student(CONFIDENCE, len(samples[0]) + len(samples[1]) - 2) * variance**0.5
     return float(np.exp(difference - half)), float(np.exp(difference + half))
 
 

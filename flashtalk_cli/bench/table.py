@@ -72,26 +72,25 @@ def _work(report: Mapping[str, Any]) -> Table:
         caption_justify="left",
     )
     table.add_column("arithmetic")
-    for name in ("TFLOP", "TFLOP/s a rank", "ceiling", "share"):
+    for name in ("work", "achieved a rank", "ceiling", "share"):
         table.add_column(name, justify="right")
     for row in report["work"]:
         name = "DiT step" if row["stage"] == "step" else words.TITLES.get(row["stage"], row["stage"])
-        rates = (f"{row[key]:.4g}" for key in ("tflop", "tflops", "ceiling_tflops"))
-        table.add_row(name, *rates, f"{row['share']:.0%}")
+        rates = (f"{words.amount(row[key])}/s" for key in ("tflops", "ceiling_tflops"))
+        table.add_row(name, words.amount(row["tflop"]), *rates, f"{row['share']:.0%}")
     return table
 
 
 def _ceilings(report: Mapping[str, Any]) -> str:
-    return "\n".join(f"{c['kind']} {c['tflops']:.3g} TFLOP/s ({c['what']})" for c in report["ceilings"])
+    return "\n".join(f"{c['kind']} {words.amount(c['tflops'])}/s ({c['what']})" for c in report["ceilings"])
 
 
 def _once(report: Mapping[str, Any]) -> Table:
     table = Table()
     table.add_column("once")
     table.add_column("s", justify="right")
-    for name, seconds in report["once"].items():
+    for name, seconds in {**report["once"], "drain": report["speed"]["drain_s"]}.items():
         table.add_row(words.ONCE.get(name, name), f"{seconds:.2f}")
-    table.add_row("encoder, after the last frame", f"{report['speed']['drain_s']:.2f}")
     return table
 
 

@@ -25,6 +25,7 @@ ONCE = {
     "load": "model load",
     "prepare": "session set-up",
     "warm_up": "compile, capture, tuning",
+    "drain": "encoder, after the last frame",
 }
 
 
@@ -32,6 +33,11 @@ def milliseconds(seconds: float) -> str:
     """With the digits that matter."""
     ms = seconds * 1000
     return f"{ms:.2f}" if ms < 1 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
+
+
+def amount(tflop: float) -> str:
+    """Operations, or with /s behind it a rate."""
+    return f"{tflop:,.1f} TFLOP" if tflop >= 1 else f"{tflop * 1000:,.1f} GFLOP"
 
 
 def title(report: Mapping[str, Any]) -> str:

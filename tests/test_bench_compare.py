@@ -1,0 +1,170 @@
+"""When a bench counts as slower, with invented chunks whose truth is known: no false alarm from noise, from
+neighbours that are alike, or from another day; no slow-down of a tenth that goes unnoticed. And what the
+command line makes of it: exit codes, and one line for what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from flashtalk_cli.bench.compare import DRIFT, _student, compare, ratio_bounds, read
+from flashtalk_cli.cli.app import run
+from flashtalk_cli.errors import InputError
+from tests.bench_reports import make
+
+
+def chunks(rng: np.random.Generator, count: int, noise: float, alike: float) -> np.ndarray:
+    """Durations around 1 s, log-normal, each like the one before to a degree; now and then one is late."""
+    z = np.zeros(count)
+    for i in range(count):
+        z[i] = alike * z[i - 1] + rng.standard_normal() * (1 - alike**2) ** 0.5
+    late = np.where(rng.random(count) < 0.05, 0.3, 0.0)
+    return np.exp(noise * z + late)
+
+
+def alarms(
+    slower: float, *, trials: int = 150, count: int = 20, noise: float = 0.02, alike: float = 0.5
+) -> float:
+    """The share of pairs of runs, the second of which is so much slower, that are told apart."""
+    rng = np.random.default_rng(11)
+    found = 0
+    for _ in range(trials):
+        days = np.exp(0.005 * rng.standard_normal(2))  # no two runs are quite alike
+        old, new = (chunks(rng, count, noise, alike) * day for day in days)
+        found += ratio_bounds(old, new * slower)[0] > 1 + DRIFT
+    return found / trials
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.02, 0.2])
+@pytest.mark.parametrize("count", [3, 20])
+def test_no_alarm_without_a_cause(noise, count):
+    assert alarms(1.0, noise=noise, count=count) <= 0.02
+
+
+def test_no_alarm_for_what_two_runs_of_one_program_differ_by():
+    assert alarms(1.02) <= 0.02
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.02])
+def test_a_tenth_slower_is_noticed(noise):
+    assert alarms(1.10, noise=noise) >= 0.95
+
+
+def test_a_tenth_faster_is_noticed_too():
+    old, new = make(seed=1), make(seed=2, slower=0.9)
+    assert compare(old, new).rows[0].verdict == "faster"
+    assert not compare(old, new).regressions
+
+
+def test_a_slow_down_within_noise_is_said_to_be_unclear():
+    row = compare(make(chunks=5, noise=0.2, seed=1), make(chunks=5, noise=0.2, seed=1, slower=1.1)).rows[0]
+    assert row.verdict == "unclear"
+
+
+def test_how_small_a_slow_down_would_have_been_noticed_is_told():
+    quiet = compare(make(seed=1, noise=0.002), make(seed=2, noise=0.002)).noticed
+    loud = compare(make(seed=1, noise=0.2), make(seed=2, noise=0.2)).noticed
+    assert DRIFT < quiet < 0.05
+    assert loud > 0.2
+    slower = make(seed=3, noise=0.002, slower=1 + quiet)
+    assert compare(make(seed=1, noise=0.002), slower).regressions
+
+
+def test_memory_that_grows_is_a_regression():
+    old, new = make(), make()
+    new["memory"]["peak_gib"] *= 1.1
+    assert [row.name for row in compare(old, new).regressions] == ["peak memory"]
+
+
+def test_a_single_part_does_not_decide():
+    """Ten parts at 99 % each would cry wolf once in ten runs."""
+    old, new = make(), make()
+    part = next(part for part in new["parts"] if part["name"] == "motion")
+    part["time"]["samples_s"] = [2 * sample_s for sample_s in part["time"]["samples_s"]]
+    found = compare(old, new)
+    assert next(row for row in found.rows if row.name == "motion").verdict == "slower"
+    assert not found.regressions
+
+
+def test_student_quantiles_are_those_of_tables():
+    for freedom, expected in ((4, 4.604), (10, 3.169), (38, 2.712)):
+        assert _student(0.995, freedom) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["setting"].update(steps=2), "steps is 4 in the old report and 2 now"),
+        (lambda r: r["setting"].update(ranks=2), "ranks is 1 in the old report and 2 now"),
+        (lambda r: r["fingerprint"].update(device="Other"), "the new one of Other"),
+        (lambda r: r["chunk"].update(samples_s=[1.0, 1.0]), "has 2 chunks"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(change, said):
+    new = make()
+    change(new)
+    with pytest.raises(InputError, match=said):
+        compare(make(), new)
+
+
+def test_other_versions_of_programs_are_told_and_compared():
+    new = make()
+    new["fingerprint"] = {**new["fingerprint"], "torch": "10.0", "date": "later"}
+    assert compare(make(), new).changed == ("torch: 9.9 -> 10.0",)
+
+
+# The command line
+
+
+def write(path, report) -> str:
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+def test_exit_codes_of_a_comparison(tmp_path, capsys):
+    old, same = write(tmp_path / "old.json", make(seed=1)), write(tmp_path / "same.json", make(seed=2))
+    slow = write(tmp_path / "slow.json", make(seed=3, slower=1.1))
+    assert run(["bench", "--from", same, "--compare", old]) == 0
+    shown = capsys.readouterr()
+    assert "would have been noticed" in " ".join(shown.out.split())
+    assert shown.err == ""
+    assert run(["bench", "--from", slow, "--compare", old]) == 10
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert "a regression beyond noise" in shown.err
+    assert "chunk 1.1" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "not JSON"),
+        ("[]", "is no bench report of version 1"),
+        ('{"schema": 2}', "its schema is 2"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_is_no_report_is_said_in_one_line_before_anything_is_measured(tmp_path, capsys, text, said):
+    path = tmp_path / "old.json"
+    if text is not None:
+        path.write_text(text)
+    assert run(["bench", "--compare", str(path)]) == InputError.exit_code
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert shown.err.count("\n") == 1
+    with pytest.raises(InputError):
+        read(path)
+
+
+def test_a_report_of_another_preset_is_refused_before_anything_is_measured(tmp_path, capsys):
+    old = write(tmp_path / "old.json", make())
+    assert run(["bench", "--preset", "mini", "--compare", old]) == InputError.exit_code
+    assert "preset is soulx-14b in the old report and mini now" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, capsys):
+    old = write(tmp_path / "old.json", make())
+    assert run(["bench", "--from", old, "--html", str(tmp_path / "no" / "page.html")]) == 6
+    assert capsys.readouterr().err.count("\n") == 1
