@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flashtalk_cli.models import fp8, rope
+from flashtalk_cli.models import fp8, rope, vae_blocks
 from flashtalk_cli.models.fp8 import Rows
+from flashtalk_cli.models.kernels import frames as kernel_frames
 from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
+from flashtalk_cli.models.vae import Vae, VaeParams
+from flashtalk_cli.parallel.spatial import WHOLE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,3 +143,63 @@ def test_a_layer_in_eight_bits() -> None:
     exact = rows.in_float32() @ (small.weight.float() * small.scale).T + small.bias.float()
     assert_near(small(rows), exact.bfloat16())
     assert (small(rows).float() - layer(x).float()).norm() < 0.05 * layer(x).float().norm()
+
+
+# The VAE's passes between convolutions
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the fused way on this device too."""
+    monkeypatch.setattr(vae_blocks, "fused", lambda x: not torch.is_grad_enabled())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("frames", "first"), [(1, True), (1, False), (4, False)])
+@torch.no_grad()
+def test_norm_and_stacking(dtype: torch.dtype, frames: int, first: bool) -> None:
+    x, channels = draw(2, frames, 3, 5, 12, dtype=dtype), 12
+    norm, bias = vae_blocks.RmsNorm(channels).to(DEVICE, dtype), draw(channels, dtype=dtype)
+    norm.gamma.data = draw(*norm.gamma.shape, dtype=dtype)
+    past = None if first else draw(2, 2, 3, 5, channels, dtype=dtype)
+    for owed in (None, bias):
+        y = x if owed is None else (x.float() + bias.float())
+        normal = torch.nn.functional.rms_norm(y.float(), (channels,), norm.gamma.flatten().float(), eps=1e-24)
+        expected, kept = vae_blocks.with_past(torch.nn.functional.silu(normal).to(dtype), past)
+        ours, ours_kept = kernel_frames.norm_stack(x, owed, norm.gamma.flatten(), past)
+        assert_near(ours, vae_blocks.stack_frames(expected))
+        assert_near(ours_kept, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_bias_that_is_owed(dtype: torch.dtype) -> None:
+    y, x, bias = draw(1, 2, 3, 5, 12, dtype=dtype), draw(1, 2, 3, 5, 12, dtype=dtype), draw(12, dtype=dtype)
+    expected = (y.float() + x.float() + bias.float()).to(dtype)
+    assert_near(kernel_frames.add_bias(y, bias, x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_doubled_pixels(dtype: torch.dtype) -> None:
+    """Parity of the whole up-convolution with the picture repeated and convolved."""
+    conv, x = vae_blocks.UpConv(10, 6, (3, 3)).to(DEVICE, dtype), draw(2, 2, 3, 5, 10, dtype=dtype)
+    corners, bias = draw(2, 2, 4, 6, 24, dtype=dtype), conv.bias
+    pixels = corners.unflatten(-1, (2, 2, 6)).permute(0, 1, 2, 4, 3, 5, 6).reshape(2, 2, 8, 12, 6)
+    expected = (pixels[:, :, 1:-1, 1:-1].float() + bias.float()).to(dtype)
+    assert_near(kernel_frames.interleave(corners, bias), expected)
+    assert conv(x, WHOLE).shape == (2, 2, 6, 10, 6)
+
+
+def test_a_whole_decoder(as_on_a_gpu: None) -> None:
+    """Parity: decoded with every kernel and without one, in float32, in pieces of time."""
+    torch.manual_seed(0)
+    vae = Vae(VaeParams(dim=4, dim_mult=(1, 2, 2, 2), num_res_blocks=1)).eval().to(DEVICE)
+    latents = draw(1, 16, 2, 1, 1)
+    expected, _ = vae.decode(latents)  # with gradients, so plainly
+    state, video = None, []
+    with torch.no_grad():
+        for piece in latents.split(1, dim=2):
+            frames, state = vae.decode(piece, state)
+            video.append(frames)
+    torch.testing.assert_close(torch.cat(video, dim=2), expected.detach(), rtol=1e-3, atol=1e-4)

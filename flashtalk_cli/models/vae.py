@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -209,7 +209,9 @@ def _walk(
     for layer, layer_past in zip(layers, pasts[:-1], strict=True):
         x, layer_past = layer(x, layer_past, tiles)
         remembered.append(layer_past)
-    x, head_past = head["2"](head["0"](x, silu=True), pasts[-1], tiles)
+    x, head_past, owed = cast("CausalConv", head["2"]).after(head["0"], x, None, pasts[-1], tiles)
+    if owed is not None:
+        x = x + owed
     return x, (*remembered, head_past)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +43,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, past: Past, tiles: Tiles) -> tuple[Tensor, Past]:
         """[B, T, H, W, I] to [B, T, H, W, O]; the past is those of the two convolutions."""
         past_1, past_2 = past or (None, None)
-        y, past_1 = self.residual["2"](self.residual["0"](x, silu=True), past_1, tiles)
-        y, past_2 = self.residual["6"](self.residual["3"](y, silu=True), past_2, tiles)
-        return y.add_(x if self.shortcut is None else self.shortcut(x)), (past_1, past_2)
+        conv_1, conv_2 = (cast("CausalConv", self.residual[place]) for place in ("2", "6"))
+        y, past_1, owed = conv_1.after(self.residual["0"], x, None, past_1, tiles)
+        y, past_2, owed = conv_2.after(self.residual["3"], y, owed, past_2, tiles)
+        return add_owed(y, owed, x if self.shortcut is None else self.shortcut(x)), (past_1, past_2)
 
 
 class Attention(nn.Module):
@@ -192,6 +193,27 @@ class CausalConv(Conv):
         frames, past = with_past(x, past)
         return conv_causal(frames, self.weight, self.bias, padding=missing[0]), past
 
+    def after(
+        self, norm: nn.Module, x: Tensor, owed: Tensor | None, past: Past, tiles: Tiles
+    ) -> tuple[Tensor, Past, Tensor | None]:
+        """The convolution of SiLU(norm(x + owed)): [B, T, H, W, O], the past, and the bias that is still owed.
+
+        Where kernels are fused a bias costs nothing in the next pass, and a pass of its own here; so it is
+        handed on. A tile with a border of other tiles owes none: zeros around a picture take no bias.
+        """
+        if not fused(x):
+            assert owed is None
+            y, past = self(norm(x, silu=True), past, tiles)
+            return y, past, None
+        from flashtalk_cli.models.kernels.frames import norm_stack
+
+        x, missing = tiles.halo(x, 1, 1)
+        assert owed is None or missing == (1, 1)
+        stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past)
+        bias = self.bias if missing == (0, 0) else None
+        y = conv_frames(stacked, stacked_kernel(self.weight), bias, padding=missing[0])
+        return y, past, self.bias if bias is None else None
+
 
 class PixelConv(CausalConv):
     """The same convolution to the three colours, computed for 2 x 2 pixels at once.
@@ -205,9 +227,28 @@ class PixelConv(CausalConv):
         """[B, T, H, W, I] to [B, T, H, W, O]; H and W are even."""
         x, missing = tiles.halo(x, 1, 1)
         frames, past = with_past(x, past)
-        kernel = torch.cat([F.pad(self.weight, (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)])
-        y = conv_causal(frames, kernel, repeat(self.bias, "o -> (n o)", n=4), padding=missing[0], stride=2)
+        y = conv_causal(frames, *self._of_four_pixels(), padding=missing[0], stride=2)
         return rearrange(y, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2), past
+
+    def after(
+        self, norm: nn.Module, x: Tensor, owed: Tensor | None, past: Past, tiles: Tiles
+    ) -> tuple[Tensor, Past, Tensor | None]:
+        """See `CausalConv`; few channels come out, so the bias is not worth handing on."""
+        if not fused(x):
+            assert owed is None
+            y, past = self(norm(x, silu=True), past, tiles)
+            return y, past, None
+        from flashtalk_cli.models.kernels.frames import norm_stack
+
+        x, missing = tiles.halo(x, 1, 1)
+        stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past)
+        kernel, bias = self._of_four_pixels()
+        y = conv_frames(stacked, stacked_kernel(kernel), bias, padding=missing[0], stride=2)
+        return rearrange(y, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2), past, None
+
+    def _of_four_pixels(self) -> tuple[Tensor, Tensor]:
+        kernel = torch.cat([F.pad(self.weight, (q, 1 - q, p, 1 - p)) for p in (0, 1) for q in (0, 1)])
+        return kernel, repeat(self.bias, "o -> (n o)", n=4)
 
 
 class DownConv(Conv):
@@ -237,6 +278,10 @@ class UpConv(Conv):
         x, missing = tiles.halo(x, 1, 1)
         kernel = _two_taps(_two_taps(self.weight, dim=2), dim=4)
         kernel = rearrange(kernel, "o i p h q w -> (p q o) i h w")
+        if fused(x):
+            from flashtalk_cli.models.kernels.frames import interleave
+
+            return interleave(conv_frames(x, kernel, None, padding=missing[0]), self.bias)
         corners = conv_frames(x, kernel, repeat(self.bias, "o -> (n o)", n=4), padding=missing[0])
         pixels = rearrange(corners, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2)
         return pixels[:, :, 1:-1, 1:-1].contiguous()
@@ -247,6 +292,20 @@ def _two_taps(weight: Tensor, dim: int) -> Tensor:
     w0, w1, w2 = weight.unbind(dim)
     odd, even = torch.stack([w0 + w1, w2], dim), torch.stack([w0, w1 + w2], dim)
     return torch.stack([odd, even], dim)
+
+
+def fused(x: Tensor) -> bool:
+    """Whether the passes between convolutions run as kernels of ours: on a CUDA device, without gradients."""
+    return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled()
+
+
+def add_owed(y: Tensor, owed: Tensor | None, x: Tensor) -> Tensor:
+    """y + owed + x, in y's memory; owed: a bias [C], or None where it was added before."""
+    if owed is None:
+        return y.add_(x)
+    from flashtalk_cli.models.kernels.frames import add_bias
+
+    return add_bias(y, owed, x)
 
 
 def with_past(x: Tensor, past: Past) -> tuple[Tensor, Tensor]:
@@ -271,7 +330,7 @@ def stacked_kernel(weight: Tensor) -> Tensor:
     return rearrange(weight, "o i t h w -> o (t i) h w")
 
 
-def conv_frames(x: Tensor, kernel: Tensor, bias: Tensor, padding: int = 0, stride: int = 1) -> Tensor:
+def conv_frames(x: Tensor, kernel: Tensor, bias: Tensor | None, padding: int = 0, stride: int = 1) -> Tensor:
     """Convolve each frame of [B, T, H, W, I] with a kernel [O, I, kh, kw], channels last throughout."""
     frames = rearrange(x, "b t h w c -> (b t) c h w")
     y = F.conv2d(frames, kernel, bias, stride=stride, padding=padding)
