@@ -257,9 +257,9 @@ def test_many_attempts_leave_nothing_behind(tmp_path):
     with live([dead], told, policy=quick(retry_s=0.001)) as encoder:
         before = None
         encoder._sinks[0]._backoff.wait_s = lambda live_s: 0.0
-        while (attempts := of_kind(encoder, "rtmp").reconnects) < 30:
+        while (attempts := of_kind(encoder, "rtmp").reconnects) < 12:
             assert encoder.write(*claps(next(frames), 1), limit_s=20)
-            if attempts == 5 and before is None:
+            if attempts == 3 and before is None:
                 before = (len(os.listdir("/proc/self/fd")), threading.active_count())
             time.sleep(0.005)
         after = (len(os.listdir("/proc/self/fd")), threading.active_count())

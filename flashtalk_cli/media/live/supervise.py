@@ -76,7 +76,7 @@ class Sink:
         self._failed = threading.Event()  # for good, whatever else happens
         self._deadline = float("inf")  # for everything to be written; monotonic
         self._state: State = "connecting"
-        self._reconnects = self._bytes_sent = self._frames_sent = 0
+        self._reconnects = self._bytes_sent = self._frames_sent = self._cut_frames = 0
         self._sent_us = 0
         self._last_error = ""
         self._outage_at: float | None = None
@@ -137,7 +137,7 @@ class Sink:
             reconnects=self._reconnects,
             bytes_sent=self._bytes_sent,
             frames_sent=self._frames_sent,
-            frames_dropped=self._queue.frames_dropped,
+            frames_dropped=self._queue.frames_dropped + self._cut_frames,
             last_error=self._last_error,
             behind_s=behind_us / US_PER_S,
         )
@@ -211,6 +211,7 @@ class Sink:
             data = head + cluster(unit, origin_us) if unit.time_us >= origin_us - PADDING_US else b""
             head = b"" if data else head
             if not process.write(data, gives_up):
+                self._cut_frames += unit.is_video
                 return False
             self._bytes_sent += len(data)
             if unit.is_video:
