@@ -7,14 +7,15 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashtalk_cli.bench import projection, words
+from flashtalk_cli.bench import projection, report, words
 from flashtalk_cli.bench.fingerprint import commit
-from flashtalk_cli.bench.parts import HOST, MAIN
+from flashtalk_cli.bench.parts import HOST, MAIN, Part
 from flashtalk_cli.bench.sink import NullSink
 from flashtalk_cli.bench.timers import ExchangeTimer, Timer
 from flashtalk_cli.bench.work import Work, dit_step, dit_tokens, vae_decode, vae_encode
@@ -100,23 +101,38 @@ class Stream:
 
     def __init__(self) -> None:
         self.now_ms, self.current, self.waits = 0.0, 1, 0
+        self.recording = False
+        self.recorded: list[Any] = []  # events of the graph
 
     def install(self, monkeypatch) -> None:
         clock = self
 
         class Event:
-            def __init__(self, enable_timing: bool) -> None:
+            def __init__(self, enable_timing: bool, external: bool = False) -> None:
                 assert enable_timing
+                assert external == clock.recording
 
             def record(self) -> None:
-                self.at_ms = clock.now_ms
+                self.at_ms = math.nan if clock.recording else clock.now_ms
+                if clock.recording:
+                    clock.recorded.append(self)
+
+            def synchronize(self) -> None:
+                assert not math.isnan(self.at_ms)
 
             def elapsed_time(self, later: Event) -> float:
                 return later.at_ms - self.at_ms
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.recording)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=self.current))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: setattr(self, "waits", self.waits + 1))
+
+    def replay(self, *took_ms: float) -> None:
+        """Run the graph: its events come after each other."""
+        for event, ms in zip(self.recorded, took_ms, strict=True):
+            self.now_ms += ms
+            event.at_ms = self.now_ms
 
 
 @pytest.fixture
@@ -150,6 +166,45 @@ def test_parts_are_timed_on_the_stream_they_ran_on_and_nothing_waits_in_the_loop
     assert timer.between_s(0) == pytest.approx(0.1)
 
 
+def graph(timer: Timer) -> None:
+    """What is recorded: two steps."""
+    timer.mark("step")
+    timer.mark("step")
+
+
+def test_each_step_is_timed_inside_a_graph_in_every_replay(stream):
+    timer = Timer(torch.device("cuda"))
+    took_ms = [(5.0, 6.0), (7.0, 8.0)]
+    for index, each_ms in enumerate(took_ms):
+        timer.start()
+        timer.mark("noise")
+        if index == 0:
+            stream.recording = True
+            graph(timer)
+            stream.recording = False
+        stream.replay(*each_ms)
+        stream.now_ms += 1
+        timer.mark("denoise")
+    for parts, each_ms in zip(timer.chunks(), took_ms, strict=True):
+        assert [part.name for part in parts] == ["noise", "step", "step", "denoise"]
+        assert [part.duration_s for part in parts] == pytest.approx(
+            [0, *(ms / 1000 for ms in each_ms), 0.001]
+        )
+        assert parts[-1].end_s == pytest.approx((sum(each_ms) + 1) / 1000)
+
+
+def test_a_recording_that_failed_leaves_no_trace(stream):
+    timer = Timer(torch.device("cuda"))
+    timer.start()
+    timer.mark("noise")
+    stream.recording = True
+    timer.mark("step")
+    stream.recording = False
+    graph(timer)  # as it is, after all
+    timer.mark("denoise")
+    assert [part.name for part in timer.chunks()[0]] == ["noise", "step", "step", "denoise"]
+
+
 def test_a_side_stream_must_say_where_it_begins(stream):
     timer = Timer(torch.device("cuda"))
     timer.start()
@@ -178,7 +233,8 @@ def test_on_a_cpu_delivery_is_part_of_the_one_lane():
     timer.mark_host("deliver", 0.0)
     [parts] = timer.chunks()
     assert [(part.name, part.lane) for part in parts] == [("bytes", MAIN), ("deliver", MAIN)]
-    assert parts[1].start_s == parts[0].end_s <= parts[1].end_s
+    assert parts[1].start_s == pytest.approx(parts[0].end_s)
+    assert parts[1].duration_s >= 0
 
 
 def test_exchanges_are_summed_and_counted_chunk_by_chunk(stream):
@@ -198,18 +254,18 @@ def test_exchanges_are_summed_and_counted_chunk_by_chunk(stream):
 
 
 def test_a_report_adds_up():
-    report = make(noise=0.0)
-    main_s = sum(part["time"]["p50_s"] for part in report["parts"] if part["lane"] == MAIN)
-    assert report["chunk"]["p50_s"] == pytest.approx(main_s)
-    assert sum(part["share"] for part in report["parts"] if part["share"]) == pytest.approx(1)
-    made_s = 20 * main_s + report["speed"]["drain_s"]
-    assert report["speed"]["fps"] == pytest.approx(20 * 28 / made_s)
-    assert report["speed"]["realtime"] == pytest.approx(report["speed"]["fps"] / 25)
-    step = next(part for part in report["parts"] if part["name"] == "step")
+    found = make(noise=0.0)
+    main_s = sum(part["time"]["p50_s"] for part in found["parts"] if part["lane"] == MAIN)
+    assert found["chunk"]["p50_s"] == pytest.approx(main_s)
+    assert sum(part["share"] for part in found["parts"] if part["share"]) == pytest.approx(1)
+    made_s = 20 * main_s + found["speed"]["drain_s"]
+    assert found["speed"]["fps"] == pytest.approx(20 * 28 / made_s)
+    assert found["speed"]["realtime"] == pytest.approx(found["speed"]["fps"] / 25)
+    step = next(part for part in found["parts"] if part["name"] == "step")
     assert len(step["each"]) == step["count"] == 4
     assert step["time"]["p50_s"] == pytest.approx(sum(each["p50_s"] for each in step["each"]))
-    assert len(report["chunk"]["samples_s"]) == 20
-    assert all(math.isfinite(value) for value in report["speed"].values())
+    assert len(found["chunk"]["samples_s"]) == 20
+    assert all(math.isfinite(value) for value in found["speed"].values())
 
 
 def test_rates_are_of_one_rank_and_the_ceiling_is_of_its_mix():
@@ -250,12 +306,12 @@ def test_a_line_for_the_readme_is_one_row_of_a_table():
 
 
 def test_a_projection_divides_what_is_shared_and_keeps_the_rest():
-    report = make(1, noise=0.0)
-    points = {point.ranks: point.fps for point in projection.project(report)}
-    assert points[1] == pytest.approx(28 / report["chunk"]["p50_s"], rel=1e-6)
+    found = make(1, noise=0.0)
+    points = {point.ranks: point.fps for point in projection.project(found)}
+    assert points[1] == pytest.approx(28 / found["chunk"]["p50_s"], rel=1e-6)
     kept_s = 0.012 + 0.003 + 5 * 0.001
     assert 28 / points[8] - kept_s == pytest.approx((28 / points[1] - kept_s) / 8)
-    assert not projection.counts_exchanges(report)
+    assert not projection.counts_exchanges(found)
 
 
 def test_a_projection_counts_exchanges_where_they_are_known():
@@ -271,6 +327,28 @@ def test_a_projection_counts_exchanges_where_they_are_known():
 def test_of_two_reports_of_a_count_the_later_one_is_shown():
     early, late = make(1, slower=2.0), make(1)
     assert projection.measured([early, late, make(2)])[0].fps == late["speed"]["fps"]
+
+
+def test_what_runs_beside_a_chunk_for_the_next_one_is_not_waited_for():
+    found = report.Measured(
+        chunks=[
+            [
+                Part("step", MAIN, 0.0, 1.0),
+                Part("to host", "side 1", 1.0, 1.2),
+                Part("prime", "side 2", 1.0, 1.7),
+            ]
+        ]
+        * 3,
+        loop_s=0.0,
+        drain_s=0.0,
+        once=dict.fromkeys(("process", "inputs", "load", "prepare"), 0.0),
+        ranks=[dict(rank=0, host="", peak_memory_gib=1, peak_reserved_gib=1, exchange_s=[0.0], exchanges=0)],
+        work={},
+        ceilings=[],
+        fingerprint={},
+        setting={"ranks": 1},
+    )
+    assert report.build(job(1), found)["chunk"]["p50_s"] == 1.2
 
 
 # The whole of it
@@ -296,18 +374,18 @@ def test_a_bench_from_its_command_line_to_its_files(tmp_path, capsys):
     files = ["-o", str(tmp_path / "report.json"), "--html", str(tmp_path / "page.html")]
     assert run(["bench", "--weights", "random", "--chunks", "1", *small, *files]) == 0
     shown = capsys.readouterr()
-    report = json.loads((tmp_path / "report.json").read_text())
-    names = {part["name"] for part in report["parts"]}
+    found = json.loads((tmp_path / "report.json").read_text())
+    names = {part["name"] for part in found["parts"]}
     assert names == {
         *("speech", "keys", "noise", "step", "prime", "decode"),
         *("colour", "bytes", "to host", "deliver", "motion"),
     }
-    assert len(next(part for part in report["parts"] if part["name"] == "step")["each"]) == 2
-    assert {row["stage"] for row in report["work"]} == {"step", "prime", "decode", "motion"}
-    assert all(0 < row["share"] < 1.5 for row in report["work"])  # noise may lift it a little over 1
-    assert 0 < report["live"]["first_frame"]["p50_s"] < report["chunk"]["p50_s"]
-    assert report["once"]["process"] > 0.1
-    assert report["memory"]["peak_gib"] > 0.05
+    assert len(next(part for part in found["parts"] if part["name"] == "step")["each"]) == 2
+    assert {row["stage"] for row in found["work"]} == {"step", "prime", "decode", "motion"}
+    assert all(0 < row["share"] < 1.5 for row in found["work"])  # noise may lift it a little over 1
+    assert 0 < found["live"]["first_frame"]["p50_s"] < found["chunk"]["p50_s"]
+    assert found["once"]["process"] > 0.1
+    assert found["memory"]["peak_gib"] > 0.05
     assert "frames a second with everything counted" in shown.out
-    assert words.readme_line(report) in shown.out
+    assert words.readme_line(found) in shown.out
     assert "<svg" in (tmp_path / "page.html").read_text()

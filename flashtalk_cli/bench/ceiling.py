@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flashtalk_cli.bench.work import dit_tokens
 from flashtalk_cli.config import Canvas
-from flashtalk_cli.models.attention import AttentionKernel
-from flashtalk_cli.models.dit import DitParams
+from flashtalk_cli.models import fp8
+from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.vae import STRIDE_PX, VaeParams
 
 PROBE_S = 0.4  # of repetitions of one operation
@@ -40,33 +40,39 @@ class Probe:
 
 
 @torch.no_grad()
-def probe_dit(
-    params: DitParams,
-    tokens: int,
-    ranks: int,
-    kernel: AttentionKernel,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[Probe]:
+def probe_dit(dit: DiT, tokens: int, ranks: int, device: torch.device, *, eight_bits: bool) -> list[Probe]:
     """Matrix product and self-attention of a rank that has its share of the tokens, and of the heads."""
-    rows, heads = -(-tokens // ranks), max(1, params.num_heads // ranks)
-    x = torch.randn(rows, params.dim, device=device, dtype=dtype)
-    weight = torch.randn(params.ffn_dim, params.dim, device=device, dtype=dtype)
-    q, k, v = torch.randn(3, 1, tokens, heads, params.head_dim, device=device, dtype=dtype)
-    product_s = _seconds(lambda: F.linear(x, weight), device)
+    p, kernel, dtype = dit.params, dit.kernel, dit.dtype
+    rows, heads = -(-tokens // ranks), max(1, p.num_heads // ranks)
+    q, k, v = torch.randn(3, 1, tokens, heads, p.head_dim, device=device, dtype=dtype)
+    product_s = _seconds(_product(rows, p.dim, p.ffn_dim, dtype, device, eight_bits=eight_bits), device)
     attention_s = _seconds(lambda: kernel(q, k, v), device)
+    form = "e4m3, scales by row" if eight_bits else _short(dtype)
     return [
         Probe(
             "gemm",
-            f"{rows} x {params.dim} x {params.ffn_dim} {_short(dtype)}",
-            2e-12 * rows * params.dim * params.ffn_dim / product_s,
+            f"{rows} x {p.dim} x {p.ffn_dim}, {form}",
+            2e-12 * rows * p.dim * p.ffn_dim / product_s,
         ),
         Probe(
             "attention",
-            f"{kernel.name}, {tokens} tokens, {heads} heads of {params.head_dim}, {_short(dtype)}",
-            4e-12 * tokens**2 * heads * params.head_dim / attention_s,
+            f"{kernel.name}, {tokens} tokens, {heads} heads of {p.head_dim}, {_short(dtype)}",
+            4e-12 * tokens**2 * heads * p.head_dim / attention_s,
         ),
     ]
+
+
+def _product(
+    rows: int, width: int, out: int, dtype: torch.dtype, device: torch.device, *, eight_bits: bool
+) -> Callable[[], Tensor]:
+    """A linear layer [rows, width] -> [rows, out]; in eight bits of operands that are quantised already."""
+    x = torch.randn(rows, width, device=device, dtype=dtype)
+    weight = torch.randn(out, width, device=device, dtype=dtype)
+    if not eight_bits:
+        return lambda: F.linear(x, weight)
+    small, (values, scale) = fp8.quantise_rows(x), fp8.quantise_rows(weight)
+    bias = torch.zeros(out, device=device, dtype=dtype)
+    return lambda: fp8.linear(small, values, scale, bias, dtype)
 
 
 @torch.no_grad()

@@ -168,8 +168,9 @@ def ceilings(worker: Worker, models: Models) -> list[Probe]:
     dit, ranks, canvas = models.dit, worker.ranks.size, worker.preset.canvas
     tokens = tokens_of(dit.params, models.sampling.chunk_latents, canvas)
     vae_dtype = models.vae.conv1.weight.dtype
+    eight_bits = worker.preset.precision.dit == "fp8"
     return [
-        *probe_dit(dit.params, tokens, ranks, dit.kernel, dit.dtype, worker.device),
+        *probe_dit(dit, tokens, ranks, worker.device, eight_bits=eight_bits),
         probe_vae(models.vae.params, canvas, ranks, vae_dtype, worker.device),
     ]
 

@@ -138,7 +138,7 @@ def _work(report: Mapping[str, Any]) -> str:
 
 def _ceilings(report: Mapping[str, Any]) -> str:
     found = [f"{c['kind']}: {words.amount(c['tflops'])}/s, {c['what']}" for c in report["ceilings"]]
-    return "\n".join(["Ceilings were measured in this run, of single operations:", *found])
+    return "\n".join([words.CEILING, *found])
 
 
 def _once(report: Mapping[str, Any]) -> str:

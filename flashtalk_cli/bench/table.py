@@ -68,7 +68,7 @@ def _memory(report: Mapping[str, Any]) -> str:
 
 def _work(report: Mapping[str, Any]) -> Table:
     table = Table(
-        caption="ceiling: the stage's operations at this machine's measured rates\n" + _ceilings(report),
+        caption=f"{words.CEILING}\n{_ceilings(report)}",
         caption_justify="left",
     )
     table.add_column("arithmetic")

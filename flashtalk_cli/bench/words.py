@@ -27,6 +27,10 @@ ONCE = {
     "warm_up": "compile, capture, tuning",
     "drain": "encoder, after the last frame",
 }
+CEILING = (
+    "work: as the network defines it, so that an implementation which needs less of it shows as speed; "
+    "ceiling: that work at rates of single operations, measured in this run:"
+)
 
 
 def milliseconds(seconds: float) -> str:
