@@ -132,7 +132,10 @@ def test_weights_may_have_several_number_formats() -> None:
     block.register_buffer("scale", torch.arange(3, dtype=torch.float32))
     block.register_buffer("eight", torch.ones(7).to(torch.float8_e4m3fn))
     expected = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    (seen,) = Offload([block], {"scale": ("scale",)}, LateLane()).each("forward")
+    passes = Offload([block], {"scale": ("scale",)}, LateLane()).each("forward")
+    seen = next(passes)
+    homes = {name: tensor.untyped_storage().data_ptr() for name, tensor in seen.state_dict().items()}
+    assert homes["eight"] == homes["weight"] != homes["scale"], "moved with the weights; of another part"
     for name, tensor in seen.state_dict().items():
         assert tensor.dtype == expected[name].dtype
         assert torch.equal(tensor.float(), expected[name].float())
