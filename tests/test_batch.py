@@ -322,8 +322,9 @@ def test_orders_arrive_as_sent(texts: list[str]) -> None:
         os.write(write_end, "".join(f"{text}\n" for text in texts).encode())
         assert [orders.next(1.0, stop) for _ in texts] == [text.encode() for text in texts]
         assert orders.next(0.0, stop) is None
+        os.write(write_end, b"in time\ntoo late\n")
+        assert orders.next(1.0, stop) == b"in time"
         stop.set()
-        os.write(write_end, b"too late\n")
         assert orders.next(1.0, stop) == b""
         stop.clear()
         assert orders.next(1.0, stop) == b"too late"
