@@ -25,7 +25,7 @@ from flashtalk_cli.distill.people.figure import LOWER_LIP, UPPER_LIP
 from flashtalk_cli.distill.people.hair import STYLES
 from flashtalk_cli.distill.people.head import load_head, unit_names
 from flashtalk_cli.distill.people.measure import mouth_opening_from_frames
-from flashtalk_cli.distill.people.perform import FPS, Manner, Performance, articulate, perform
+from flashtalk_cli.distill.people.perform import FPS, Manner, Performance, articulate, begin_smiling, perform
 from flashtalk_cli.distill.people.person import BACKDROPS, GARMENTS, HAIR_STYLES, PersonSpec
 from flashtalk_cli.distill.people.phonemes import CLASSES, LETTERS, MOUTHS, SHAPES, Sound, spell
 from flashtalk_cli.distill.people.render import Clip, Detail
@@ -313,6 +313,18 @@ def test_a_silent_person_is_alive_with_a_shut_mouth() -> None:
     assert performance.turn.std(0).min() > 0.005
     assert np.ptp(performance.breath) > 0.8
     assert np.abs(np.diff(performance.turn, axis=0)).max() < 0.05
+
+
+def test_a_talk_that_begins_smiling_soon_is_the_talk_it_was() -> None:
+    """Property: the first frames smile more, and after three seconds nothing is left of it."""
+    plain = perform(draw_person(3), [], np.zeros(100), unit_names(), seed=1)
+    smile = unit_names().index("mouthSmileLeft")
+    for seed in range(8):
+        smiling = begin_smiling(plain, unit_names(), np.random.default_rng(seed))
+        more = smiling.curves - plain.curves
+        assert more[0, smile] > 0.1
+        assert more.min() >= 0
+        assert more[75:].max() < 0.01
 
 
 def test_eyes_meet_the_camera_while_the_head_turns() -> None:

@@ -18,11 +18,12 @@ from flashtalk_cli.distill.people.backdrop import draw_backdrop
 from flashtalk_cli.distill.people.bank import Speech, SpeechBank, disturb
 from flashtalk_cli.distill.people.clips import render_clips
 from flashtalk_cli.distill.people.head import unit_names
-from flashtalk_cli.distill.people.perform import Performance, perform
+from flashtalk_cli.distill.people.perform import Performance, begin_smiling, perform
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
 
 CLIPS_AT_ONCE = 16
 MOUTH_TO_FACE = 1.9  # the weighted box is this many times as large as the mouth's own
+SMILING_SHARE = 0.3  # clips that begin with a smile, as portraits have it
 BEFORE_SHARE = 0.6  # clips cut out of the middle of a talk; the others begin one
 
 
@@ -81,10 +82,13 @@ def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
     if speech.sounds == [] and rng.random() < 0.5:
         heard = np.zeros_like(heard)
     whole = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number)
+    shown = whole.cut(before, before + cast.n_frames)
+    if rng.random() < SMILING_SHARE:  # portraits smile, and a talk begins with the portrait
+        shown = begin_smiling(shown, unit_names(), rng)
     gain = loudness_gain(heard, cast.loudness_lufs)
     return Plan(
         spec=spec,
-        performance=whole.cut(before, before + cast.n_frames),
+        performance=shown,
         samples=(heard * np.float32(gain)).astype(np.float32),
         origin=before * SAMPLE_RATE_HZ // 25,
         backdrop=draw_backdrop(spec, cast.height_px, cast.width_px).numpy(),

@@ -241,6 +241,29 @@ def perform(
     )
 
 
+def begin_smiling(
+    performance: Performance, unit_names: tuple[str, ...], rng: np.random.Generator
+) -> Performance:
+    """The same, but begun with the smile that people give a photographer; it is gone within seconds."""
+    held, fading = rng.uniform(0, 8), rng.uniform(3, 12)  # frames
+    smile = rng.uniform(0.3, 1.0) * np.exp(-np.maximum(0, np.arange(len(performance)) - held) / fading)
+    teeth = rng.uniform(0.3, 1.0) if rng.random() < 0.7 else 0.0
+    added = {
+        "mouthSmile": 0.75,
+        "cheekSquint": 0.4,
+        "eyeSquint": 0.25,
+        "mouthStretch": 0.15,
+        "mouthUpperUp": 0.7 * teeth,
+        "mouthLowerDown": 0.5 * teeth,
+    }
+    curves = performance.curves.copy()
+    for name, amount in added.items():
+        for side in ("Left", "Right"):
+            column = unit_names.index(name + side)
+            curves[:, column] = np.clip(curves[:, column] + amount * smile, 0, 1)
+    return replace(performance, curves=curves)
+
+
 def _add_life(
     units: dict[str, np.ndarray],
     rng: np.random.Generator,
