@@ -22,6 +22,7 @@ from flashtalk_cli.media.live.encoder import LiveEncoder, LivePolicy
 from flashtalk_cli.media.live.statistics import SinkStatistics
 from flashtalk_cli.media.live.targets import Target
 from flashtalk_cli.media.live.units import FlvReader
+from flashtalk_cli.media.probe import probe
 
 FPS, SIDE_PX, RATE_HZ = 25, 64, 48_000
 PER_FRAME = RATE_HZ // FPS
@@ -135,6 +136,12 @@ def first_is_key(flv: Path) -> bool:
     """Whether the first picture of an FLV is a key frame."""
     pictures = (tag for tag in FlvReader().tags(flv.read_bytes()) if tag.is_video and not tag.is_config)
     return next(pictures).is_key
+
+
+def n_frames(path: Path | str) -> int:
+    found = probe(Path(path)).video
+    assert found is not None
+    return found.n_frames
 
 
 def free_port() -> int:

@@ -20,6 +20,7 @@ from live_outputs import (
     first_is_key,
     free_port,
     live,
+    n_frames,
     needs_nginx,
     noise,
     of_kind,
@@ -34,16 +35,9 @@ from flashtalk_cli.media.ffmpeg import candidates, find_ffmpeg
 from flashtalk_cli.media.live import commands
 from flashtalk_cli.media.live.encoder import LiveEncoder
 from flashtalk_cli.media.live.targets import parse_target
-from flashtalk_cli.media.probe import probe
 
 pytestmark = needs_nginx
 KEY = "sk-7f3a-VERYSECRET?token=ALSOSECRET"
-
-
-def n_frames(path: Path) -> int:
-    found = probe(path).video
-    assert found is not None
-    return found.n_frames
 
 
 def send_in_time(
@@ -208,7 +202,7 @@ def test_four_outputs_and_the_slow_one_alone_loses_frames(server, tmp_path):
 
     def read_slowly() -> None:
         with os.fdopen(read_end, "rb", buffering=0) as source, slow.open("wb") as file:
-            while data := source.read(4 << 10 if not done.is_set() else 1 << 20):
+            while data := source.read(2 << 10 if not done.is_set() else 1 << 20):
                 file.write(data)
                 done.wait(0.1)
 
@@ -221,7 +215,7 @@ def test_four_outputs_and_the_slow_one_alone_loses_frames(server, tmp_path):
     reader = threading.Thread(target=read_slowly)
     reader.start()
     longest_s = 0.0
-    with live(targets, policy=quick(queue_s=3.0), stdout=write_end) as encoder:
+    with live(targets, policy=quick(queue_s=6.0), stdout=write_end) as encoder:
         for at in range(0, 300, 5):
             start = time.monotonic()
             assert encoder.write(*noise(at, 5), limit_s=20)
