@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flashtalk_cli import presets
 from flashtalk_cli.bench import report
 from flashtalk_cli.bench.page import page
 from flashtalk_cli.bench.parts import HOST, MAIN, Part
 from flashtalk_cli.bench.work import Work
-from flashtalk_cli.config import BenchJob, Speech
+from flashtalk_cli.config import BenchJob, ModelChoice, Preset, Speech
 
 GOLDEN = Path(__file__).parent / "golden" / "bench_form"
 SPEECH = Speech(samples_path=Path("/none"), n_samples=16_000, loudness_lufs=None)
@@ -66,10 +65,10 @@ def chunk(ranks: int, slower: float) -> list[Part]:
     return found
 
 
-def job(chunks: int, preset: str = "soulx-14b") -> BenchJob:
-    """A bench of so many chunks after two to warm up."""
-    picture = Path("/none.png")
-    return BenchJob(preset=presets.load(preset, []), picture=picture, speech=SPEECH, chunks=chunks)
+def job(chunks: int) -> BenchJob:
+    """A bench of so many chunks after two to warm up; the preset's values are the program's own defaults."""
+    preset = Preset(name="soulx-14b", description="", model=ModelChoice(name="soulx-14b"))
+    return BenchJob(preset=preset, picture=Path("/none.png"), speech=SPEECH, chunks=chunks)
 
 
 def make(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flashtalk_cli import presets
 from flashtalk_cli.bench import projection, report, words
 from flashtalk_cli.bench.fingerprint import commit
 from flashtalk_cli.bench.parts import HOST, MAIN, Part
@@ -357,7 +358,7 @@ def test_what_runs_beside_a_chunk_for_the_next_one_is_not_waited_for():
 def test_frames_go_through_a_real_encoder():
     import numpy as np
 
-    preset = job(1, "mini").preset
+    preset = presets.load("mini", [])
     frames = np.zeros((5, 160, 160, 3), np.uint8)
     with NullSink(preset) as sink:
         sink.write(frames)

@@ -72,12 +72,15 @@ def bench(
     debug: Debug = False,
 ) -> int:
     """Time chunks on this machine, part by part, and say what it can do live."""
+    from flashtalk_cli import events
     from flashtalk_cli.bench.compare import check_alike, read
 
     old = read(compare) if compare else None
     others = [read(path) for path in also or ()]
     if source is not None:
         data = read(source)
+        if json:
+            typer.echo(events.to_line(events.event("report", data=data)))
     else:
         chosen = _preset(preset, weights, gpus, sets or [])
         if old:  # before anything is loaded
