@@ -138,7 +138,7 @@ def server(tmp_path: Path) -> Iterator[RtmpServer]:
 
 @needs_nginx
 def test_what_an_rtmp_server_takes_is_in_sync_and_leaves_in_real_time(server, tmp_path) -> None:
-    seconds = 6.0
+    seconds = 5.0
     began_s = time.monotonic()
     with on_air(
         file_of_claps(tmp_path, seconds),
@@ -148,7 +148,7 @@ def test_what_an_rtmp_server_takes_is_in_sync_and_leaves_in_real_time(server, tm
     took_s = time.monotonic() - began_s
     assert seconds - 0.1 < took_s < seconds + 4
     for path in (server.taken()[0], tmp_path / "r.mp4"):
-        check_sync(path, least=4)
+        check_sync(path, least=3)
     frames = probe(tmp_path / "r.mp4").video.n_frames
     assert frames == loop.delivery.sent_frames == round(seconds * FPS) + loop.delivery.repeated_frames
 
@@ -156,7 +156,7 @@ def test_what_an_rtmp_server_takes_is_in_sync_and_leaves_in_real_time(server, tm
 def test_a_jittering_source_and_a_slow_machine_are_survived_by_four_outputs(tmp_path) -> None:
     """Sound in bursts up to 2 s late, a performer at 83 % of real time: bounded, counted, in sync."""
     out, into = os.pipe()
-    sound = clapping(7.0)
+    sound = clapping(4.5)
 
     def feed() -> None:
         rng, at = np.random.default_rng(4), 0
@@ -184,7 +184,7 @@ def test_a_jittering_source_and_a_slow_machine_are_survived_by_four_outputs(tmp_
     assert abs(heard_s - sent_s) < 2 * CHUNK_FRAMES / FPS
     for name in names:
         assert probe(tmp_path / name).video.n_frames == loop.delivery.sent_frames
-        check_sync(tmp_path / name, least=4)
+        check_sync(tmp_path / name, least=3)
 
 
 @needs_nginx

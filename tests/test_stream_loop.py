@@ -46,9 +46,9 @@ def test_a_live_voice_is_heard_whole_in_sync_and_soon() -> None:
 
 
 def test_output_keeps_to_the_clock() -> None:
-    """Frames leave when they are due by their count: none drifts from the first, in ten minutes."""
+    """Frames leave when they are due by their count: none drifts from the first."""
     world = World()
-    world.end_at(world.speak(murmur(600)))
+    world.end_at(world.speak(murmur(120)))
     world.run()
     due_s = world.sent_s[0] + np.arange(len(world.sent_s)) / FPS
     assert np.abs(np.array(world.sent_s) - due_s).max() < 1e-6
@@ -247,11 +247,11 @@ def hold_long(world: World, hours: float) -> None:
     assert world.flashes > 0.9 * hours * 3600 / 0.56 / 1.05
 
 
-def test_hours_cost_no_memory_and_no_sync() -> None:
-    """An hour, with sample counts beyond 2^33 and a source clock 100 ppm fast: nothing grows or drifts."""
+def test_time_costs_no_memory_and_no_sync() -> None:
+    """Half an hour, with sample counts beyond 2^33 and a source clock 100 ppm fast: nothing grows or drifts."""
     live_for(0.05)
     tracemalloc.start()
-    hold_long(live_for(1.0, start_samples=2**33 - 1000), 1.0)
+    hold_long(live_for(0.5, start_samples=2**33 - 1000), 0.5)
     grown, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert grown < 2_000_000

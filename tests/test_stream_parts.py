@@ -269,7 +269,7 @@ def test_a_playlist_from_outside_reads_no_file_here(tmp_path) -> None:
     store, warnings = timeline(), []
     where = f"http://127.0.0.1:{server.server_port}/list.m3u8"
     with running(FfmpegSource(SoundSource(kind="url", where=where), False, store, Clock(), warnings.append)):
-        time.sleep(2.0)
+        wait_until(lambda: bool(warnings))
     server.shutdown()
     assert store.arrived_samples == 0
     options = command(ffmpeg_input(SoundSource(kind="url", where=where)).output("-"))
@@ -588,12 +588,12 @@ def test_latency_is_of_the_last_frames_with_sound() -> None:
     assert summary["delivery"]["p50_s"] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("level", [0.003, 0.02, 0.4])
+@pytest.mark.parametrize("level", [0.003, 0.4])
 def test_the_running_gain_is_the_one_of_the_whole_sound(level) -> None:
     """A voice of steady loudness: after seconds the gain is within 1 dB of what measuring it whole gives."""
     rng = np.random.default_rng(2)
     voice = (
-        level * rng.standard_normal(20 * RATE_HZ) * np.repeat(rng.random(200) > 0.2, RATE_HZ // 10)
+        level * rng.standard_normal(12 * RATE_HZ) * np.repeat(rng.random(120) > 0.2, RATE_HZ // 10)
     ).astype(np.float32)
     gain = RunningGain(RATE_HZ, -23.0)
     for at in range(0, len(voice), RATE_HZ):

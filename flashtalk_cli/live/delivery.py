@@ -62,7 +62,7 @@ class Delivery:
         self._queue: deque[Batch] = deque()
         self._queued_frames = 0
         self._last: np.ndarray | None = None
-        self.last_chunk = 0  # of the last frame sent; chunks count from 1
+        self._last_chunk = 0  # of the last frame sent; chunks count from 1
         self._air = Air()
         self._ending = False
         self._failure: Exception | None = None
@@ -95,7 +95,7 @@ class Delivery:
     def take_back(self, chunk: int) -> bool:
         """Remove a chunk's frames if none of them was sent; whether that is so."""
         with self._changed:
-            if self.last_chunk >= chunk:
+            if self._last_chunk >= chunk:
                 return False
             self._queue = deque(batch for batch in self._queue if batch.chunk != chunk)
             self._queued_frames = sum(len(batch.frames) for batch in self._queue)
@@ -185,7 +185,7 @@ class Delivery:
                 batch, rest = batch.split(n)
                 self._queue.appendleft(rest)
             found.append(batch)
-            self.last_chunk = batch.chunk
+            self._last_chunk = batch.chunk
             n -= len(batch.frames)
         return found
 

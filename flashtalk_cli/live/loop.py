@@ -19,7 +19,10 @@ from flashtalk_cli.live.timeline import Taken, Timeline
 
 LOOK_UP_S = 0.2  # how often a waiting loop sees whether it was asked to stop
 REMEMBERED_CHUNKS = 8  # the next one is expected to take as long as the slowest of them, one exception aside
-DRAIN_S = 1.5  # of queued video that is still sent after a request to stop
+DRAIN_S, DRAINED_S = (
+    1.5,
+    30.0,
+)  # for sending what is queued, after a request to stop and at the end of the sound
 FIRST_GUESS = 0.5  # of a chunk's length: what its first frame is expected to take before any was seen
 
 
@@ -76,17 +79,18 @@ class Loop:
         self._costs_s: deque[float] = deque(
             [FIRST_GUESS * rules.chunk_s], maxlen=REMEMBERED_CHUNKS
         )  # to a chunk's first frame
+        self._lock = threading.Lock()
         self._take = 0  # an interruption begins a new one
         self._take_made = 0  # the take that the last chunk belongs to
         self._wait_until_s = math.inf
 
-    def run(self) -> None:
-        """Perform chunk after chunk. Raises what the performer or the outputs raise."""
+    def run(self) -> bool:
+        """Perform chunk after chunk; whether all of it was sent. Raises what the performer or the outputs raise."""
         self._wait_until_s = self.clock.now_s() + self.manners.may_wait_s
         while (outlook := self._wait()) is not None:
             self._catch_up(outlook)
             self._chunk(outlook)
-        self.delivery.finish(DRAIN_S if self.stop.is_set() else 2 * self.rules.chunk_s + 5)
+        return self.delivery.finish(DRAIN_S if self.stop.is_set() else DRAINED_S)
 
     @property
     def realtime(self) -> float | None:
@@ -99,23 +103,24 @@ class Loop:
 
         The chunk on air goes on in silence. One made beyond it is made anew, with the mouth closed.
         """
-        self._take += 1
-        dropped_s = self.timeline.interrupt()
-        self.delivery.hush()
+        with self._lock:
+            dropped_s = self.timeline.interrupt()
+            self._take += 1
+            self.delivery.hush()
         return dropped_s
 
     def mute(self, muted: bool) -> None:
         """Show a silent person whatever is said, from the next chunk on; the sound stops at once."""
-        self.timeline.muted = muted
-        if muted:
-            self._take += 1
-            self.delivery.hush()
+        with self._lock:
+            self.timeline.muted = muted
+            if muted:
+                self._take += 1
+                self.delivery.hush()
 
     def _wait(self) -> Outlook | None:
         """Wait until a chunk is to begin: what is known then; None when no more is to be made."""
         while not self.stop.is_set() and self.delivery.failure is None:
-            if self._take != self._take_made:
-                self._take_back()
+            self._take_back()
             outlook = self._outlook()
             if outlook.ended and not outlook.unspoken_s and not self.manners.keep_alive:
                 return None
@@ -183,25 +188,25 @@ class Loop:
                 if done < wanted:
                     self._put(sound, frames[: wanted - done], done, begun_s, ready_s)
                 done += len(frames)
-                if self._take != self._take_made and self._is_unsent():
-                    return  # `_wait` takes it back
+                if self._take_back():
+                    return
         assert done == n_frames, (done, n_frames)
         self._chunk_s.append(self.clock.now_s() - begun_s)
 
-    def _is_unsent(self) -> bool:
-        return self.delivery.last_chunk < self.chunks
-
-    def _take_back(self) -> None:
-        """Undo the last chunk after an interruption, if none of its frames was sent."""
+    def _take_back(self) -> bool:
+        """Undo the last chunk after an interruption, if none of its frames was sent; whether it was undone."""
+        if self._take == self._take_made or not self.delivery.take_back(self.chunks):
+            return False
         self._take_made = self._take
-        if self.chunks and self.delivery.take_back(self.chunks):
-            self.timeline.forget()
-            self.performer.rewind()
+        self.timeline.forget()
+        self.performer.rewind()
+        return True
 
     def _put(self, sound: Taken, frames: np.ndarray, at: int, begun_s: float, ready_s: float) -> None:
         per_frame = self.timeline.rate_hz // self.rules.fps
         samples = sound.samples[at * per_frame : (at + len(frames)) * per_frame]
         arrived_s = sound.arrived_s[at : at + len(frames)]
-        if self._take != self._take_made:
-            samples, arrived_s = np.zeros_like(samples), arrived_s * np.nan
-        self.delivery.put(Batch(self.chunks, frames, samples, arrived_s, begun_s, ready_s))
+        with self._lock:  # what is queued after an interruption is silent, what was queued before is hushed
+            if self._take != self._take_made:
+                samples, arrived_s = np.zeros_like(samples), arrived_s * np.nan
+            self.delivery.put(Batch(self.chunks, frames, samples, arrived_s, begun_s, ready_s))

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
 BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
-END_S = 2.0  # what the outputs get to end
+STOP_S, END_S = 2.0, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
 
 
 def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -> int:
@@ -56,10 +56,9 @@ def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -
         stage.follow()
         return 0
     performer = ModelPerformer(worker, stage)
-    try:
-        return lead(worker, job, performer, stop, stdout)
-    finally:
-        performer.end()
+    code = lead(worker, job, performer, stop, stdout)
+    performer.end()  # after an error there is no telling what the other ranks wait for: the worker ends them
+    return code
 
 
 def rules_of(job: StreamJob) -> Rules:
@@ -112,11 +111,12 @@ def lead(
         stack.callback(source.close)
         source.start()
         delivery.start()
-        loop.run()
+        sent = loop.run()
         if source.failure is not None and not delivery.sent_frames:
             raise source.failure
-        if not encoder.end(END_S):
-            warn(f"not every output was done within {END_S:.0f} s; what was not sent is lost")
+        limit_s = STOP_S if stop.is_set() else END_S
+        if not encoder.end(limit_s) or not (sent or stop.is_set()):
+            warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
     emitter.emit(
         "done",
         path=next((target.path for target in targets if target.kind == "file"), None),
