@@ -15,17 +15,22 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 
+from torch.distributed import DistError, TCPStore
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, WorkerError
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, keys_of, observe
 
+OBSERVED_S = 2.0  # what ranks get to tell themselves what the observer saw, and a run to end in order
 ORPHANS_S = 9.0  # after the parent's death, what ranks get to end in order before they die with this process
 
 
@@ -36,10 +41,15 @@ def main(argv: Sequence[str]) -> int:
         logging.disable(logging.ERROR)  # the agent tells of every signal that it passes on
     emitter = Emitter(given.socket)
     watch_parent(_outlive_ranks, emitter)
+    if given.hosts:
+        threading.Thread(target=_observe, args=(given, emitter), name="observe", daemon=True).start()
     try:
         torchrun.run(torchrun.parse_args(_agent_options(given)))
     except SignalException:
         return INTERRUPTED_EXIT_CODE
+    except DistError as error:
+        emitter.error(WorkerError(_apart(given, error)))
+        return WorkerError.exit_code
     except ChildFailedError as error:
         rank, failure = cause(error.failures)
         if failure.exitcode < 0:
@@ -79,6 +89,33 @@ def _outlive_ranks() -> None:
     """End some time after the parent died: ranks see that themselves, but one that is stopped does not."""
     time.sleep(ORPHANS_S)
     os._exit(WorkerError.exit_code)
+
+
+def _observe(given: argparse.Namespace, emitter: Emitter) -> None:
+    """End when ranks on other hosts cannot go on, should those of this host be in no state to tell."""
+    count, index, endpoint = given.hosts
+    host, _, port = endpoint.rpartition(":")
+    try:
+        store = TCPStore(
+            host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=FIRST_S)
+        )
+        keys = keys_of(int(count) * int(given.processes))
+        store.multi_get(keys)  # returns when all ranks have begun
+        store.set_timeout(timedelta(seconds=SILENT_S))
+    except RuntimeError:
+        return  # the agent, which needs the store too, tells
+    verdict = observe(store, keys, f"host {index}, {socket.gethostname()},", threading.Event())
+    assert verdict is not None
+    time.sleep(OBSERVED_S)
+    emitter.error(PeerLost(verdict.text) if verdict.told else WorkerError(verdict.text))
+    os._exit(WorkerError.exit_code)  # and with it its ranks
+
+
+def _apart(given: argparse.Namespace, error: Exception) -> str:
+    """Why hosts did not meet, in one line."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    where = f"{given.hosts[0]} hosts do not meet at {given.hosts[2]}" if given.hosts else "ranks do not meet"
+    return f"{where}: {first}; is the port free on host 0, and reached from all?"
 
 
 def cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:

@@ -34,7 +34,7 @@ ALLOWED = {
     "media": BASE,
     "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "rendering"},
     "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
-    "torchrun": {*BASE, "events"},
+    "torchrun": {*BASE, "events", "parallel"},
     "live": {*BASE, "events", "parallel", "models", "pipeline", "media"},
     "batch": {*BASE, "events", "launch", "media"},
     "serving": {*BASE, "events", "parallel", "models", "pipeline", "rendering"},

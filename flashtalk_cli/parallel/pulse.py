@@ -156,7 +156,7 @@ class Pulse:
         self._store = store
         self._traffic = traffic or Traffic()
         self._host, self._log = host, log
-        self._keys = [f"pulse-{other}" for other in range(size)]
+        self._keys = keys_of(size)
         self._count = self.rounds = 0
         self._resting = False
         self._lock = threading.Lock()  # a last word is the last
@@ -205,22 +205,42 @@ class Pulse:
             return
 
     def _watch(self, on_verdict: Callable[[Verdict], None]) -> None:
-        judge = Judge(len(self._keys))
-        while not self._ended.wait(BEAT_S):
-            with self._lock:
-                if not self._ended.is_set():
-                    self._say(None)
-            try:
-                verdict = judge.look(self._read(), time.monotonic())
-            except RuntimeError as error:
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                verdict = Verdict(
-                    f"rank {self.rank} on {self._host} lost torchrun's store: {first}", told=True
-                )
-            if verdict is not None and not self._ended.is_set():
-                on_verdict(verdict)
-                return
-
-    def _read(self) -> list[Beat]:
         assert self._store is not None
-        return [Beat(**json.loads(value)) for value in self._store.multi_get(self._keys)]
+        who = f"rank {self.rank} on {self._host}"
+        verdict = observe(self._store, self._keys, who, self._ended, self._beat)
+        if verdict is not None and not self._ended.is_set():
+            on_verdict(verdict)
+
+    def _beat(self) -> None:
+        with self._lock:
+            if not self._ended.is_set():
+                self._say(None)
+
+
+def keys_of(size: int) -> list[str]:
+    """Where the beats of so many ranks lie in their store."""
+    return [f"pulse-{rank}" for rank in range(size)]
+
+
+def observe(
+    store: Store,
+    keys: list[str],
+    who: str,
+    ended: threading.Event,
+    between: Callable[[], None] = lambda: None,
+) -> Verdict | None:
+    """Judge the beats under `keys` until a verdict, or None once `ended` is set; calls `between` each time.
+
+    `who` is the observer, for the error of a store that went away.
+    """
+    judge = Judge(len(keys))
+    while not ended.wait(BEAT_S):
+        between()
+        try:
+            beats = [Beat(**json.loads(value)) for value in store.multi_get(keys)]
+        except RuntimeError as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            return Verdict(f"{who} lost torchrun's store: {first}", told=True)
+        if verdict := judge.look(beats, time.monotonic()):
+            return verdict
+    return None
