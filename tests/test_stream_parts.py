@@ -250,6 +250,16 @@ def test_the_address_of_a_source_that_fails_is_warned_of_without_its_key() -> No
     assert "ALSO" not in warnings[0]
 
 
+def test_a_microphone_that_is_not_there_is_tried_again() -> None:
+    """In words: what ffmpeg says of a device that nobody has."""
+    store, warnings = timeline(), []
+    with running(FfmpegSource(parse_source("mic:no-such"), False, store, Clock(), warnings.append)) as source:
+        wait_until(lambda: bool(warnings))
+        assert source.paced
+    assert warnings[0].startswith("no-such: no sound (")
+    assert "***" not in warnings[0]
+
+
 def test_a_playlist_from_outside_reads_no_file_here(tmp_path) -> None:
     """A playlist over http that names a local file: ffmpeg is given no protocol that could open it."""
     write_tone(tmp_path / "secret.wav", 1.0)

@@ -131,7 +131,8 @@ class FfmpegSource(Source):
             if self.closed.is_set():
                 return
             got_some = self.timeline.arrived_samples > n_before
-            why = masked(self._source.where, cause(status, lines)) if status else "it ended"
+            why = cause(status, lines) if status else "it ended"
+            why = masked(self._source.where, why) if self._source.kind == "url" else why
             if not self._comes_again(status):
                 if not got_some:
                     raise InputError(f"{self._shown}: no sound can be had from it ({why})")
