@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -102,38 +101,23 @@ class Stream:
 
     def __init__(self) -> None:
         self.now_ms, self.current, self.waits = 0.0, 1, 0
-        self.recording = False
-        self.recorded: list[Any] = []  # events of the graph
 
     def install(self, monkeypatch) -> None:
         clock = self
 
         class Event:
-            def __init__(self, enable_timing: bool, external: bool = False) -> None:
+            def __init__(self, enable_timing: bool) -> None:
                 assert enable_timing
-                assert external == clock.recording
 
             def record(self) -> None:
-                self.at_ms = math.nan if clock.recording else clock.now_ms
-                if clock.recording:
-                    clock.recorded.append(self)
-
-            def synchronize(self) -> None:
-                assert not math.isnan(self.at_ms)
+                self.at_ms = clock.now_ms
 
             def elapsed_time(self, later: Event) -> float:
                 return later.at_ms - self.at_ms
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.recording)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=self.current))
         monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: setattr(self, "waits", self.waits + 1))
-
-    def replay(self, *took_ms: float) -> None:
-        """Run the graph: its events come after each other."""
-        for event, ms in zip(self.recorded, took_ms, strict=True):
-            self.now_ms += ms
-            event.at_ms = self.now_ms
 
 
 @pytest.fixture
@@ -165,45 +149,6 @@ def test_parts_are_timed_on_the_stream_they_ran_on_and_nothing_waits_in_the_loop
         ("step", MAIN, 0.010, 0.030),
     ]
     assert timer.between_s(0) == pytest.approx(0.1)
-
-
-def graph(timer: Timer) -> None:
-    """What is recorded: two steps."""
-    timer.mark("step")
-    timer.mark("step")
-
-
-def test_each_step_is_timed_inside_a_graph_in_every_replay(stream):
-    timer = Timer(torch.device("cuda"))
-    took_ms = [(5.0, 6.0), (7.0, 8.0)]
-    for index, each_ms in enumerate(took_ms):
-        timer.start()
-        timer.mark("noise")
-        if index == 0:
-            stream.recording = True
-            graph(timer)
-            stream.recording = False
-        stream.replay(*each_ms)
-        stream.now_ms += 1
-        timer.mark("denoise")
-    for parts, each_ms in zip(timer.chunks(), took_ms, strict=True):
-        assert [part.name for part in parts] == ["noise", "step", "step", "denoise"]
-        assert [part.duration_s for part in parts] == pytest.approx(
-            [0, *(ms / 1000 for ms in each_ms), 0.001]
-        )
-        assert parts[-1].end_s == pytest.approx((sum(each_ms) + 1) / 1000)
-
-
-def test_a_recording_that_failed_leaves_no_trace(stream):
-    timer = Timer(torch.device("cuda"))
-    timer.start()
-    timer.mark("noise")
-    stream.recording = True
-    timer.mark("step")
-    stream.recording = False
-    graph(timer)  # as it is, after all
-    timer.mark("denoise")
-    assert [part.name for part in timer.chunks()[0]] == ["noise", "step", "step", "denoise"]
 
 
 def test_a_side_stream_must_say_where_it_begins(stream):

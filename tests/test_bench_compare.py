@@ -25,7 +25,7 @@ def chunks(rng: np.random.Generator, count: int, noise: float, alike: float) -> 
 
 
 def alarms(
-    slower: float, *, trials: int = 150, count: int = 20, noise: float = 0.02, alike: float = 0.5
+    slower: float, *, trials: int = 100, count: int = 20, noise: float = 0.02, alike: float = 0.5
 ) -> float:
     """The share of pairs of runs, the second of which is so much slower, that are told apart."""
     rng = np.random.default_rng(11)
