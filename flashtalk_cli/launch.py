@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from flashtalk_cli import events
 from flashtalk_cli.config import Frozen
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, PeerLost, WorkerError, by_name
+from flashtalk_cli.placement import Hosts, Share
 
 CLEAN_END_S = 10.0  # what a worker gets to close its file after being asked to end
 DYING_S = 3.0  # what is left of a worker gets after the first error
@@ -43,37 +43,6 @@ SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 SPIN_COUNT = "2000"
 
 Command = Callable[[Path, Path, bool], list[str]]
-
-
-@dataclass(frozen=True)
-class Hosts:
-    """Which of `count` hosts this is, all of which run the same command; host 0 listens at HOST:PORT."""
-
-    count: int = 1
-    index: int = 0
-    endpoint: str = ""
-
-
-@dataclass(frozen=True)
-class Share:
-    """One of `of` equal parts of this machine, for workers that run side by side: its cores and its GPUs."""
-
-    index: int = 0
-    of: int = 1
-
-    def environment(self, processes: int) -> dict[str, str]:
-        """What tells a worker of so many processes of its part; empty when it has the machine to itself."""
-        found = {}
-        if processes * self.of > 1:
-            threads = max(1, _cores() // (processes * self.of))
-            found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
-        if self.of > 1:
-            given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            ids = given.split(",") if given else [str(index) for index in range(processes * self.of)]
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(
-                ids[self.index * processes : (self.index + 1) * processes]
-            )
-        return found
 
 
 class WorkerTraceback(Exception):
@@ -298,11 +267,6 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

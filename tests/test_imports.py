@@ -27,7 +27,8 @@ ALLOWED = {
     "log": {"errors"},
     "events": {"errors"},
     "presets": BASE,
-    "launch": {*BASE, "events", "log"},
+    "placement": set(),
+    "launch": {*BASE, "events", "log", "placement"},
     "parallel": BASE,
     "models": {*BASE, "parallel"},
     "pipeline": {*BASE, "parallel", "models"},
@@ -59,7 +60,8 @@ LIGHT_MODELS = {
 LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
-    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
+    "launch.py": {"GOMP_SPINCOUNT", "SPIN_COUNT"},
+    "placement.py": {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
     "live/control.py": {"XDG_RUNTIME_DIR"},
     "media/live/targets.py": set(),  # the variable that a user names
     "worker.py": None,
