@@ -19,7 +19,7 @@ from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, UsageErr
 EPILOG = (
     "A first try: [bold]flashtalk demo[/bold]\n\n"
     "Exit codes: 0 done, 1 internal error, 2 command line, 3 preset or --set, 4 picture or sound, 5 model, "
-    "6 output, 7 device, 8 worker, 9 some clips of a manifest, 130 interrupted."
+    "6 output, 7 device, 8 worker, 9 some clips of a manifest, 10 slower than before, 130 interrupted."
 )
 
 app = typer.Typer(
