@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -170,6 +171,30 @@ def test_the_hosts_own_time_is_placed_on_the_devices_clock(stream, monkeypatch):
     [[part]] = timer.chunks()
     assert part.lane == HOST
     assert (part.start_s, part.end_s) == pytest.approx((0.25, 0.5))
+
+
+@pytest.mark.gpu
+def test_a_real_devices_streams_and_the_hosts_clock_agree():
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    timer, side = Timer(device), torch.cuda.Stream(device)
+    timer.start()
+    x @ x
+    timer.mark("step")
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        timer.mark("")
+        x @ x
+        timer.mark("prime")
+    torch.cuda.synchronize()
+    begun_s = time.perf_counter()
+    time.sleep(0.05)
+    timer.mark_host("deliver", begun_s)
+    step, prime, deliver = timer.chunks()[0]
+    assert (step.lane, prime.lane, deliver.lane) == (MAIN, "side 1", HOST)
+    assert 0 == step.start_s < step.end_s <= prime.start_s + 1e-4
+    assert prime.end_s <= deliver.start_s + 1e-3  # what was waited for is over before the host goes on
+    assert deliver.duration_s == pytest.approx(0.05, rel=0.2)
 
 
 def test_on_a_cpu_delivery_is_part_of_the_one_lane():
