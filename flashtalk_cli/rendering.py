@@ -35,6 +35,7 @@ from flashtalk_cli.parallel.split import Split, split
 from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.delivery import Delivery
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
+from flashtalk_cli.pipeline.streams import Beside, Graphs
 
 
 class Worker:
@@ -121,6 +122,11 @@ class Worker:
             device=self.device,
             sequence=mesh.sequence,
             tiles=mesh.tiles,
+            # Several ranks exchange in both: in one order, so in one stream, and counted, so not recorded.
+            beside=Beside(self.device if self.ranks.size == 1 else None),
+            graphs=Graphs()
+            if self.device.type == "cuda" and self.ranks.size == 1 and not self.offload
+            else None,
         )
 
     def split(self) -> Split:

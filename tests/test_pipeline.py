@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,31 @@ def test_any_share_of_motion_frames(tiny: dict, chunk: int, motion: int) -> None
         assert state.motion.shape[2] == 1 + (motion - 1) // 4
 
 
+@pytest.mark.parametrize("motion_frames", [5, 9])
+def test_a_primed_decoder_shows_the_same(
+    tiny: dict, motion_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Priming before there is sound: bit for bit what decoding a chunk's latents from the first gives.
+
+    Also after the motion was exchanged under a primed state, as a change of picture does.
+    """
+    from dataclasses import replace
+
+    from flashtalk_cli.pipeline import session
+
+    models = replace(tiny["models"], sampling=Sampling(steps=1, motion_frames=motion_frames))
+    conditions, drawn = tiny["conditions"][0], []
+    denoise = session.denoise
+    monkeypatch.setattr(session, "denoise", lambda *given: drawn.append(denoise(*given)) or drawn[-1])
+    state = session.begin(conditions, 1)
+    for index, windows in enumerate(tiny["windows"]):
+        if index == 2:
+            state = replace(state, motion=conditions.picture_latent)
+        video, state = collect(session.step(models, conditions, state, windows))
+        expected = models.vae.decode(drawn.pop())[0][:, :, motion_frames:]
+        assert torch.equal(video, match_colour(expected, conditions.colour, 1.0))
+
+
 def test_seed_decides(tiny: dict) -> None:
     """The same seed gives the same frames, another seed others."""
     from flashtalk_cli.pipeline.session import begin, step, to_bytes
@@ -220,3 +247,34 @@ def test_seed_decides(tiny: dict) -> None:
     assert not torch.equal(frames(1), frames(2))
     assert frames(1).shape == (28, 64, 64, 3)
     assert frames(1).dtype == torch.uint8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@torch.no_grad()
+def test_a_recorded_step_is_the_step(tiny: dict) -> None:
+    """Parity: sessions whose steps are replayed and whose decoder is primed beside give the frames of others.
+
+    Several chunks of two sessions in turn, so that recordings are made, replayed and made anew.
+    """
+    from dataclasses import replace
+
+    from flashtalk_cli.pipeline.session import begin, prepare, step
+    from flashtalk_cli.pipeline.streams import Beside, Graphs
+
+    cuda = torch.device("cuda")
+    dit, vae = deepcopy(tiny["models"].dit).to(cuda), deepcopy(tiny["models"].vae).to(cuda)
+    plain = replace(tiny["models"], dit=dit, vae=vae, device=cuda)
+    recorded = replace(plain, beside=Beside(cuda), graphs=Graphs())
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        conditions = prepare(plain, torch.rand(3, 64, 64) * 2 - 1, torch.randn(3, 8), torch.randn(1, 5, 10))
+        states = [begin(conditions, 1), begin(conditions, 1)]
+        for windows in tiny["windows"]:
+            (a, states[0]), (b, states[1]) = (
+                collect(step(models, conditions, state, windows))
+                for models, state in zip((plain, recorded), states, strict=True)
+            )
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert recorded.graphs is not None
+    assert recorded.graphs._recordings["step"].graph is not None

@@ -44,7 +44,7 @@ VALUES = {
     "hearing.context_s": st.floats(2, 60),
     "hearing.lookahead_s": st.floats(0, 4),
     "hearing.loudness_lufs": st.floats(-70, 0),
-    "precision.dit": st.sampled_from(["float32", "bfloat16"]),
+    "precision.dit": st.sampled_from(["float32", "bfloat16", "fp8"]),
     "precision.vae": st.sampled_from(["float32", "bfloat16"]),
     "compute.device": st.sampled_from(["auto", "cpu", "cuda"]),
     "compute.attention": st.sampled_from(["auto", "fa3", "flash", "cudnn", "sdpa"]),

@@ -13,21 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Yields
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from flashtalk_cli.config import Sampling
-from flashtalk_cli.models.dit import Context, DiT
+from flashtalk_cli.models.dit import AudioContext, Context, DiT, KeyValue
 from flashtalk_cli.models.vae import Vae
+from flashtalk_cli.models.vae_blocks import Past
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 from flashtalk_cli.pipeline.colour import Statistics, match_colour, to_lab
 from flashtalk_cli.pipeline.marks import Mark, unmarked
 from flashtalk_cli.pipeline.sampler import denoise
 from flashtalk_cli.pipeline.schedule import times
+from flashtalk_cli.pipeline.streams import Beside, Graphs
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
 
@@ -42,6 +44,8 @@ class Models:
     device: torch.device
     sequence: Sequence
     tiles: Tiles = WHOLE
+    beside: Beside = field(default_factory=Beside)
+    graphs: Graphs | None = None  # None: every step is launched as it comes
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,22 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class Primed:
+    """The decoder after the motion latents, whose frames were on screen before."""
+
+    motion: Tensor  # the very tensor that was decoded
+    video: Tensor  # [1, 3, 1 + 4 (m - 1), H, W]
+    decoder: Past
+
+
+@dataclass(frozen=True)
 class State:
     """What one chunk hands to the next."""
 
     motion: Tensor  # float32 [1, 16, m, h, w]
     noise: Tensor  # state of the noise generator, uint8
     chunk: int = 0
+    primed: Primed | None = None  # known to be of use when it is of this `motion`
 
 
 @torch.no_grad()
@@ -109,19 +123,23 @@ def step(
     this rank, which `models.tiles` puts together.
 
     windows: [1, chunk_frames, 5, layers, dim], what each frame hears. The motion frames at
-    the chunk's start were on screen before; they prime the decoder and are not given out.
+    the chunk's start were on screen before; they prime the decoder, which is done as soon as they are
+    known, and are not given out.
     mark: called at the end of each part, see marks.
     """
-    sampling = models.sampling
+    sampling, tiles = models.sampling, models.tiles
     generator = torch.Generator("cpu")
     generator.set_state(state.noise)
+    primed = state.primed
+    if primed is None or primed.motion is not state.motion:
+        primed = _prime(models, state.motion, mark)
     heard = models.dit.hear(windows.to(models.device))
     mark("keys")
 
     def predict(x: Tensor, time: float) -> Tensor:
         mark("noise")
         t = torch.full((len(x),), time * 1000, device=x.device)
-        velocity = models.dit(x, t, conditions.y, conditions.context, heard, models.sequence)
+        velocity = _velocity(models, conditions, heard, x, t)
         mark("step")
         return velocity
 
@@ -133,27 +151,53 @@ def step(
         generator,
     )
     mark("noise")
-    tiles = models.tiles
     latents = tiles.cut(latents)
-    primed = 1 + (sampling.motion_frames - 1) // 4
-    video, decoder = models.vae.decode(latents[:, :, :primed], tiles=tiles)
+    models.beside.join()
+    video, decoder = primed.video, primed.decoder
+    known, seen = state.motion.shape[2], 1 + (sampling.motion_frames - 1) // 4
+    if known < seen:  # the first chunk, which knows one picture only
+        more, decoder = models.vae.decode(latents[:, :, known:seen], decoder, tiles=tiles)
+        video = torch.cat([video, more], dim=2)
     tail = (
         [match_colour(video, conditions.colour, sampling.colour_strength, tiles)]
         if sampling.new_frames < sampling.motion_frames
         else []
     )  # else new frames suffice
-    mark("prime")
-    for latent in latents[:, :, primed:].split(1, dim=2):
+    for latent in latents[:, :, seen:].split(1, dim=2):
         video, decoder = models.vae.decode(latent, decoder, tiles=tiles)
         mark("decode")
         video = match_colour(video, conditions.colour, sampling.colour_strength, tiles)
         mark("colour")
-        tail = [*tail, video][-(1 + primed) :]
+        tail = [*tail, video][-(1 + seen) :]
         yield video
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
-    motion = _encoded(models, last)
+    motion = _encoded(models, last).float()
     mark("motion")
-    return State(motion.float(), generator.get_state(), state.chunk + 1)
+    primed = _prime(models, motion, mark)
+    return State(motion, generator.get_state(), state.chunk + 1, primed)
+
+
+def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Tensor, t: Tensor) -> Tensor:
+    """One step's velocity, by a recorded graph where there is one."""
+
+    def forward(x: Tensor, t: Tensor, *keys: Tensor) -> Tensor:
+        audio = AudioContext(tuple(KeyValue(k, v) for k, v in zip(keys[::2], keys[1::2], strict=True)))
+        return models.dit(x, t, conditions.y, conditions.context, audio, models.sequence)
+
+    inputs = (x, t, *(tensor for block in heard.blocks for tensor in block))
+    return models.graphs("step", conditions, forward, *inputs) if models.graphs else forward(*inputs)
+
+
+def _prime(models: Models, motion: Tensor, mark: Mark) -> Primed:
+    """Show the decoder what was on screen, which needs no sound: beside the motion network on a GPU.
+
+    Between the chunks of a live stream it runs while the stream waits for sound.
+    """
+    with models.beside.run():
+        mark("")
+        video, decoder = models.vae.decode(models.tiles.cut(motion), tiles=models.tiles)
+        mark("prime")
+    return Primed(motion, video, decoder)
 
 
 def talk(

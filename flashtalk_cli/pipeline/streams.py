@@ -1,0 +1,102 @@
+"""Work beside the main stream of a GPU, and work recorded there once and replayed.
+
+On a CPU both do nothing but call what they are given.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+
+class Beside:
+    """A second stream, for work that is wanted only later.
+
+    What is made in it is read in the main stream after `join`. Memory is safe without further ado: it
+    waits for the main stream before it begins, so nothing that is still read there is overwritten.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        on_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+
+    @contextmanager
+    def run(self) -> Iterator[None]:
+        """What is computed inside begins after all that was asked for before, and holds nothing up."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What is computed from here on may read all that was computed beside."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+@dataclass
+class _Recording:
+    given: object
+    shapes: tuple[tuple[torch.Size, torch.dtype], ...]
+    inputs: tuple[Tensor, ...] = ()
+    output: Tensor | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class Graphs:
+    """Functions of tensors as CUDA graphs: thousands of launches become one, and none waits for Python.
+
+    The first call with new shapes runs as it is, so that kernels are built and caches filled; the second
+    is recorded, and that and all later ones are replayed. Where recording fails it is said once, and
+    everything runs as it is.
+    """
+
+    def __init__(self) -> None:
+        self._recordings: dict[str, _Recording] = {}
+        self._works = True
+
+    def __call__(self, name: str, given: object, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs).
+
+        given: all that the function reads besides, which must not change; with another object it is
+        another function and is recorded anew. One recording is kept under a name.
+        """
+        shapes = tuple((x.shape, x.dtype) for x in inputs)
+        held = self._recordings.get(name)
+        if not self._works or held is None or held.given is not given or held.shapes != shapes:
+            self._recordings[name] = _Recording(given, shapes)
+            return function(*inputs)
+        if held.graph is None:
+            try:
+                _record(held, function, inputs)
+            except RuntimeError as error:
+                self._works = False
+                self._recordings.clear()
+                torch.cuda.synchronize()
+                _log.warning(
+                    "CUDA graphs are left out, %s cannot be recorded: %s", name, str(error).split("\n")[0]
+                )
+                return function(*inputs)
+        assert held.graph is not None
+        assert held.output is not None
+        torch._foreach_copy_(held.inputs, inputs)
+        held.graph.replay()
+        return held.output.clone()  # the next replay writes there again
+
+
+def _record(held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    held.inputs = tuple(x.clone() for x in inputs)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads (delivery of frames, a live session's) may use CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        held.output = function(*held.inputs)
+    held.graph = graph
