@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from flashtalk_cli.errors import ModelError
+from flashtalk_cli.errors import DeviceError, ModelError
 from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA, choose_kernel
 from flashtalk_cli.models.audio import AudioProjector
-from flashtalk_cli.models.dit import AudioContext, Context, DiT, DitParams, Layout
+from flashtalk_cli.models.dit import EIGHT_BITS, AudioContext, Context, DiT, DitParams, Layout
+from flashtalk_cli.models.fp8 import check_device
 from flashtalk_cli.models.layers import lay_together
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.mesh import make_mesh
@@ -308,6 +309,31 @@ def test_queries_keys_and_values_in_one_product(dtype: torch.dtype) -> None:
 
 
 # Precision and gradients
+
+
+def test_blocks_in_eight_bits() -> None:
+    """Parity within what e4m3 leaves, in half the memory; what is small or precise stays as it was."""
+    dit = random_dit(replace(SMALL, dim=64, ffn_dim=128)).bfloat16()
+    given_ = Inputs.draw(dit.params)
+    held = sum(a.nbytes for a in dit.blocks.state_dict().values())
+    with torch.no_grad():
+        expected = given_.through(dit)
+        for block in dit.blocks:
+            block.arrange(eight_bits=True)
+        small = given_.through(dit)
+    error = float((small - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.08
+    tensors = dit.blocks.state_dict()
+    assert {n.split(".", 1)[1] for n, a in tensors.items() if a.dtype == torch.float8_e4m3fn} == {
+        f"{layer}.weight" for layer in EIGHT_BITS
+    }
+    assert sum(a.nbytes for a in tensors.values()) < 0.8 * held
+
+
+def test_eight_bits_want_a_gpu_that_has_them() -> None:
+    """Fault: one line with the mend."""
+    with pytest.raises(DeviceError, match="this run uses 'cpu': take 'auto'"):
+        check_device(CPU)
 
 
 def test_bfloat16_stays_near_float32() -> None:
