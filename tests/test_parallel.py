@@ -46,7 +46,7 @@ from flashtalk_cli.torchrun import cause, death
 ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
 TOLERANCE = 1e-5
-DRIFT = 1e-4  # after LONG_CHUNKS chunks, relative; measured 4e-6 with 2 to 4 ranks
+DRIFT = 3e-6  # of the latents after ten chunks, relative; measured 4e-7 to 5e-7 after each, not growing
 
 Results = Callable[..., list[dict[str, Tensor]]]
 
