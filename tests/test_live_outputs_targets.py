@@ -6,7 +6,7 @@ import os
 from urllib.parse import quote
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from flashtalk_cli.config import Encoding
@@ -75,6 +75,7 @@ def test_a_whip_address_is_shown_as_its_host(host, path, token):
 
 @settings(deadline=None, max_examples=300)
 @given(st.sampled_from(["rtmp", "srt", "whip", "udp"]), st.text(max_size=40))
+@example("rtmp", "?0")
 def test_any_text_is_a_target_or_one_line_that_does_not_repeat_it(kind: Kind, text):
     secret = "TOPSECRET" + text
     for given_text in (

@@ -152,9 +152,11 @@ def _rtmp(url: str, parts: SplitResult) -> Target:
     app, playpath = rtmp_names(parts)
     if not app or not playpath:
         raise UsageError(f"--rtmp: the address has no stream key; give {EXAMPLES['rtmp']}")
-    name = app.partition("?")[0].split("/")[0]
+    name, *deeper = app.partition("?")[0].split("/")
+    if parts.path.strip("/") == name:  # with no path behind it, the one word there may be the key
+        name, deeper = HIDDEN, [name]
     shown = f"{parts.scheme}://{_authority(parts)}/{name}/{HIDDEN}"
-    pieces = [playpath, *re.split(r"[/?]", playpath), *_values(parts.query), *app.split("/")[1:]]
+    pieces = [playpath, *re.split(r"[/?]", playpath), *_values(parts.query), *app.split("/")[1:], *deeper]
     return Target("rtmp", shown, url, secrets=_secrets(parts, pieces))
 
 
