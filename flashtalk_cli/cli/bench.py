@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashtalk_cli.cli.render import REPORT, SPEED, Debug, Gpus, Json, PresetName, Sets, number_or_word
+from flashtalk_cli.cli.options import REPORT, SPEED, Debug, Gpus, Json, PresetName, Sets, number_or_word
 
 if TYPE_CHECKING:
     from flashtalk_cli.bench.compare import Comparison

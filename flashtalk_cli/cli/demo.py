@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli.render import PERSON, Debug, Json, Overwrite, PresetName, Sets, output_option
+from flashtalk_cli.cli.options import PERSON, Debug, Json, Overwrite, PresetName, Sets, output_option
 from flashtalk_cli.errors import InputError
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli.render import Debug
+from flashtalk_cli.cli.options import Debug
 
 MARKS = {"good": ("ok", "green"), "note": ("--", "yellow"), "bad": ("no", "red")}
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli.render import Debug
+from flashtalk_cli.cli.options import Debug
 from flashtalk_cli.errors import ModelError
 
 app = typer.Typer(help="List, fetch and check models.")

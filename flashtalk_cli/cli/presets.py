@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli.render import Debug, Sets
+from flashtalk_cli.cli.options import Debug, Sets
 
 app = typer.Typer(help="List presets, and show what is in one.")
 

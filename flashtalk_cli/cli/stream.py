@@ -7,17 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
-from flashtalk_cli.cli.render import (
-    PERSON,
+from flashtalk_cli.cli.options import (
     RESULT,
     SPEED,
     Debug,
+    Device,
     Gpus,
     Json,
+    Model,
     Overwrite,
     PresetName,
+    Prompt,
+    Seed,
     Sets,
-    number_or_word,
+    Size,
+    Steps,
+    Weights,
+    changes,
+    flag,
+    option,
 )
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -36,15 +44,8 @@ While it runs: [bold]flashtalk ctl status[/bold], interrupt, mute, prompt, pictu
 SOUND, CONTROL = "Sound", "Watching and steering"
 
 
-def _option(names: str | tuple[str, ...], panel: str, metavar: str, help: str) -> Any:
-    names = (names,) if isinstance(names, str) else names
-    return typer.Option(*names, metavar=metavar, rich_help_panel=panel, show_default=False, help=help)
-
-
 def _many(name: str, kind: str) -> Any:
-    return _option(
-        name, RESULT, "URL", f"{kind} May be repeated; @FILE and env:NAME keep a key out of sight."
-    )
+    return option(name, RESULT, "URL", f"{kind} May be repeated; @FILE and env:NAME keep a key out of sight.")
 
 
 def stream(
@@ -53,7 +54,7 @@ def stream(
     ],
     audio: Annotated[
         str | None,
-        _option(
+        option(
             "--audio",
             SOUND,
             "SOURCE",
@@ -62,62 +63,51 @@ def stream(
     ] = None,
     listen: Annotated[
         str | None,
-        _option(
+        option(
             "--listen", SOUND, "HOST:PORT", "A WebSocket for PCM from a voice agent, in place of --audio."
         ),
     ] = None,
     token: Annotated[
         str | None,
-        _option("--token", SOUND, "TOKEN", "What a client of --listen must show; @FILE or env:NAME too."),
+        option("--token", SOUND, "TOKEN", "What a client of --listen must show; @FILE or env:NAME too."),
     ] = None,
     pcm: Annotated[
         str | None,
-        _option("--pcm", SOUND, "FORMAT", "Of raw PCM: encoding:rate:channels. Default: s16le:16000:1."),
+        option("--pcm", SOUND, "FORMAT", "Of raw PCM: encoding:rate:channels. Default: s16le:16000:1."),
     ] = None,
-    loop: Annotated[
-        bool, typer.Option("--loop", rich_help_panel=SOUND, help="Repeat the file without end.")
-    ] = False,
+    loop: Annotated[bool, flag("--loop", SOUND, "Repeat the file without end.")] = False,
     keep_alive: Annotated[
-        bool,
-        typer.Option(
-            "--keep-alive", rich_help_panel=SOUND, help="Stay on air, silent, after the sound ended."
-        ),
+        bool, flag("--keep-alive", SOUND, "Stay on air, silent, after the sound ended.")
     ] = False,
     rtmp: Annotated[list[str] | None, _many("--rtmp", "Publish to an RTMP server.")] = None,
     srt: Annotated[list[str] | None, _many("--srt", "Send over SRT.")] = None,
     whip: Annotated[list[str] | None, _many("--whip", "Publish as WebRTC.")] = None,
     udp: Annotated[list[str] | None, _many("--udp", "Send MPEG-TS over UDP.")] = None,
     hls: Annotated[
-        list[str] | None, _option("--hls", RESULT, "FOLDER", "Write an HLS playlist and its segments.")
+        list[str] | None, option("--hls", RESULT, "FOLDER", "Write an HLS playlist and its segments.")
     ] = None,
     output: Annotated[
         list[str] | None,
-        _option(("-o", "--output"), RESULT, "FILE", "Record, to .mp4, .mov or .mkv; - is standard output."),
+        option(("-o", "--output"), RESULT, "FILE", "Record, to .mp4, .mov or .mkv; - is standard output."),
     ] = None,
     overwrite: Overwrite = False,
     preview: Annotated[
         str | None,
-        _option("--preview", CONTROL, "[HOST:]PORT", "A page to watch it on, for a browser on this machine."),
+        option("--preview", CONTROL, "[HOST:]PORT", "A page to watch it on, for a browser on this machine."),
     ] = None,
     metrics: Annotated[
-        str | None, _option("--metrics", CONTROL, "[HOST:]PORT", "Figures for Prometheus, at /metrics.")
+        str | None, option("--metrics", CONTROL, "[HOST:]PORT", "Figures for Prometheus, at /metrics.")
     ] = None,
     control: Annotated[
         Path | None,
-        _option("--control", CONTROL, "SOCKET", "Where flashtalk ctl finds it; made for you alone."),
+        option("--control", CONTROL, "SOCKET", "Where flashtalk ctl finds it; made for you alone."),
     ] = None,
-    size: Annotated[
-        str | None, _option("--size", PERSON, "WxH|auto", "Multiples of 16; auto keeps the picture's shape.")
-    ] = None,
-    prompt: Annotated[
-        str | None, _option("--prompt", PERSON, "TEXT", "What the person does, in words.")
-    ] = None,
-    seed: Annotated[
-        int | None, _option("--seed", PERSON, "N", "Another seed is another performance.")
-    ] = None,
+    size: Size = None,
+    prompt: Prompt = None,
+    seed: Seed = None,
     late: Annotated[
         str | None,
-        _option(
+        option(
             "--late",
             SPEED,
             "repeat|drop|fail",
@@ -127,20 +117,14 @@ def stream(
     ] = None,
     latency_target: Annotated[
         float | None,
-        _option("--latency-target", SPEED, "SECONDS", "The delay to come back to after falling behind."),
+        option("--latency-target", SPEED, "SECONDS", "The delay to come back to after falling behind."),
     ] = None,
     preset: PresetName = "mini",
-    model: Annotated[
-        str | None, _option("--model", SPEED, "NAME|FOLDER", "Weights to use in place of the preset's.")
-    ] = None,
-    steps: Annotated[
-        int | None, _option("--steps", SPEED, "N", "Denoising steps a chunk: fewer is faster.")
-    ] = None,
-    device: Annotated[str | None, _option("--device", SPEED, "auto|cpu|cuda", "Where it runs.")] = None,
+    model: Model = None,
+    steps: Steps = None,
+    device: Device = None,
     gpus: Gpus = None,
-    weights: Annotated[
-        str | None, _option("--weights", SPEED, "released|random", "random: noise for a video.")
-    ] = None,
+    weights: Weights = None,
     sets: Sets = None,
     json: Json = False,
     debug: Debug = False,
@@ -148,17 +132,6 @@ def stream(
     """Put a portrait on air that speaks as the sound arrives: PICTURE and a live voice in, streams out."""
     from flashtalk_cli.cli.live_request import LiveRequest, fulfil
 
-    options = {
-        "--prompt": ("sampling.prompt", prompt),
-        "--seed": ("sampling.seed", seed),
-        "--late": ("live.late", late),
-        "--latency-target": ("live.latency_target_s", latency_target),
-        "--model": ("model.name", model),
-        "--steps": ("sampling.steps", steps),
-        "--device": ("compute.device", device),
-        "--gpus": ("compute.gpus", number_or_word(gpus)),
-        "--weights": ("model.weights", weights),
-    }
     kinds = {"rtmp": rtmp, "srt": srt, "whip": whip, "udp": udp, "hls": hls, "file": output}
     request = LiveRequest(
         picture=picture,
@@ -175,7 +148,17 @@ def stream(
         control=control,
         preset=preset,
         sets=sets or (),
-        options={option: pair for option, pair in options.items() if pair[1] is not None},
+        options=changes(
+            prompt=prompt,
+            seed=seed,
+            late=late,
+            latency_target=latency_target,
+            model=model,
+            steps=steps,
+            device=device,
+            gpus=gpus,
+            weights=weights,
+        ),
         size=size,
     )
     return fulfil(request, json=json, debug=debug)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashtalk_cli.cli.render import Debug, Json
+from flashtalk_cli.cli.options import Debug, Json
 
 if TYPE_CHECKING:
     from flashtalk_cli.config import Preset
