@@ -287,7 +287,7 @@ def test_a_plain_render(inputs, jobs):
         (["--offload"], "compute.offload", True),
         (["--size", "96x128"], "canvas.width_px", 96),
         (["--size", "96x128"], "canvas.height_px", 128),
-        (["--size", "auto"], "canvas.width_px", 128),  # 64x96 at 160x160's area
+        (["--size", "auto"], "canvas.width_px", 112),  # 64x96 at 144x144's area
         (["--size", "auto"], "canvas.height_px", 192),
         (["--set", "sampling.shift=3"], "sampling.shift", 3.0),
         (["--set", "sampling.steps=3", "--steps", "2"], "sampling.steps", 2),

@@ -203,6 +203,19 @@ def test_what_is_left_out_is_zero(share: float) -> None:
     assert share not in (0.0, 1.0) or left.mean().item() == 1 - share
 
 
+def test_wear_is_of_continued_motion_only_and_of_its_strength() -> None:
+    """What begins a video stays; of the rest half is worn, alike in all latents, no more than was asked."""
+    clean = torch.zeros(400, 16, 3, 6, 8)
+    held = torch.tensor([1, 2] * 200)
+    made = adapt.worn(clean, held, 0.4, torch.Generator().manual_seed(0))
+    assert made[held == 1].abs().max() == 0
+    worn = made[held == 2].flatten(1).std(1)
+    assert 0.4 < (worn > 0).float().mean() < 0.6
+    assert 0.1 < worn[worn > 0].mean() < worn.max() < 0.4 * 3**0.5 * 1.2
+    assert torch.equal(made[:, :, 0], made[:, :, 2])
+    assert torch.equal(adapt.worn(clean, held, 0.0, torch.Generator().manual_seed(0)), clean)
+
+
 @given(batch=st.integers(1, 300), micro=st.integers(1, 64), world=st.integers(1, 8))
 def test_passes_hold_the_batch(batch: int, micro: int, world: int) -> None:
     """Passes of at most a micro-batch that together are at least the batch, and not much more."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
 from flashtalk_cli.config import VAE_STRIDE_PX
 from flashtalk_cli.distill import losses
@@ -61,7 +62,8 @@ def adapt_loss(dit: DiT, batch: Batch, stage: Adapt, generator: Generator) -> Te
     noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean.device)
     time = losses.draw_times(len(clean), stage.shift, generator).to(clean.device)
     free = losses.free_mask(clean, batch.held)
-    x = torch.lerp(clean, losses.noised(clean, noise, time), free)
+    given = worn(clean, batch.held, stage.wear, generator) if stage.wear else clean
+    x = torch.lerp(given, losses.noised(clean, noise, time), free)
     text = left_out(batch.text, stage.text_dropout, generator)
     windows = left_out(batch.windows, stage.audio_dropout, generator)
     velocity = velocity_of(dit, x, time, batch.y, text, batch.tokens, windows)
@@ -70,6 +72,23 @@ def adapt_loss(dit: DiT, batch: Batch, stage: Adapt, generator: Generator) -> Te
     if stage.temporal_weight:
         loss = loss + stage.temporal_weight * losses.change_between_frames(velocity, clean, noise, weight)
     return loss
+
+
+def worn(clean: Tensor, held: Tensor, wear: float, generator: Generator) -> Tensor:
+    """Latents as a long rollout may leave them: [B, C, T, h, w] with grain, blotches and a tint, still in time.
+
+    Each of the three has a strength of its own, up to `wear` standard deviations, in a random half of the
+    examples that continue a video; what begins one (held = 1) is the picture itself, which nothing wears.
+    """
+    device = generator.device
+    marks = torch.zeros(clean[:, :, 0].shape, device=device)
+    for side in (clean.shape[3:], (3, 3), (1, 1)):
+        mark = torch.randn(*clean.shape[:2], *side, generator=generator, device=device)
+        strength = torch.rand(len(clean), 1, 1, 1, generator=generator, device=device)
+        marks += strength * F.interpolate(mark, clean.shape[3:], mode="bicubic", align_corners=False)
+    chosen = torch.rand(len(clean), generator=generator, device=device) < 0.5
+    marks = wear * marks.to(clean.device) * (chosen.to(held.device) & (held > 1)).view(-1, 1, 1, 1)
+    return clean + marks[:, :, None].to(clean.dtype)
 
 
 def hearing(dit: DiT, batch: Batch, shift: float, generator: Generator) -> Tensor:

@@ -77,6 +77,7 @@ class Adapt(Frozen):
     first_share: float = Field(0.25, ge=0, le=1)  # examples that begin a video: one latent is given, not two
     text_dropout: float = Field(0.1, ge=0, le=1)
     audio_dropout: float = Field(0.1, ge=0, le=1)
+    wear: float = Field(0.0, ge=0)  # of given motion latents, in standard deviations: see `adapt.worn`
     face_weight: float = Field(1.0, ge=1)  # how much more an error inside the face's box counts
     temporal_weight: float = Field(0.0, ge=0)  # of the errors' change from latent to latent
 

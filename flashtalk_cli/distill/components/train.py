@@ -124,7 +124,7 @@ def train_speech(
     write_json(out / "speech.json", figures)
 
 
-def held_out_clips(bank: Path, count: int, device: str, n_frames: int = 33, side_px: int = 160) -> Tensor:
+def held_out_clips(bank: Path, count: int, device: str, n_frames: int = 33, side_px: int = 144) -> Tensor:
     """Clips uint8 [count, T, side, side, 3] of held-out people as the generator frames them."""
     held_out, drawing = (
         SpeechBank(bank, "held_out"),

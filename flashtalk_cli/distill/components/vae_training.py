@@ -87,7 +87,7 @@ FINER = Plan(
     rate_others=5e-4,
     batches=(
         Batch(every=1, people=8, pictures=1, n_frames=5, height_px=128, width_px=128),
-        Batch(every=4, people=4, pictures=1, n_frames=17, height_px=160, width_px=160),
+        Batch(every=4, people=4, pictures=1, n_frames=17, height_px=144, width_px=144),
     ),
 )
 """A trained VAE's decoder once more, on people: latents stay what they are, and look more alike."""

@@ -1,7 +1,7 @@
 """Talking people as training data: one clip by hand, or batches without end.
 
     clip = render_clip(draw_person(7), performance, (160, 160), "cpu")
-    for batch in ClipStream(bank, Drawing(height_px=160, width_px=160, n_frames=33), seed=0): ...
+    for batch in ClipStream(bank, Drawing(height_px=144, width_px=144, n_frames=33), seed=0): ...
 
 A clip's people, words and manners all follow from its number, so that a run can be repeated, and
 the held-out split never shares a person, a voice or a sentence with training.
@@ -64,8 +64,8 @@ def render_clip(spec: PersonSpec, performance: Performance, size_px: tuple[int, 
 class Drawing:
     """What a stream draws: the size and length of clips, how many at once, and from which split."""
 
-    height_px: int = 160
-    width_px: int = 160
+    height_px: int = 144
+    width_px: int = 144
     n_frames: int = 33
     batch: int = 16
     held_out: bool = False
