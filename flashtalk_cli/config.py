@@ -251,6 +251,7 @@ class SoundSource(Frozen):
     where: str = ""  # a path, a device ("": the default one), a URL, HOST:PORT
     pcm: PcmFormat = PcmFormat()  # of stdin and listen
     loop: bool = False  # of a file: from the beginning again, without end
+    start_s: float = Field(0.0, ge=0)  # of a file: where to begin
     token: str | None = None  # of listen: what a client must show
 
 
@@ -262,6 +263,7 @@ class StreamJob(PictureJob):
     targets: tuple[tuple[str, str], ...] = Field(min_length=1)  # kind and place, as media/live reads them
     overwrite: bool = False
     keep_alive: bool = False  # idle after the sound has ended
+    restarts: int = Field(0, ge=0)  # how often it was started again after its worker died
     control: Path  # a Unix socket to make
     metrics: str | None = None  # HOST:PORT
     preview: str | None = None  # HOST:PORT

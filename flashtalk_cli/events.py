@@ -9,7 +9,7 @@ second of work; `realtime` is seconds of video made in a second of work.
                                           a chunk was written; index counts from 0
     report       data                     what a bench measured, see bench/report.py
     live         state, media_s, frames, chunks, realtime, latency, ahead_s, unspoken_s, repeated_frames,
-                 jumps, silent_s, dropped_s, muted, source, sinks
+                 jumps, silent_s, dropped_s, muted, source, position_s, restarts, sinks
                                           once a second of a live stream: live/status.py says what they are
     clip         line, output, state, type, message, frames, duration_s, elapsed_s, replica, tries
                                           a clip of a manifest ended: state is done, skipped (it was done
@@ -55,6 +55,7 @@ KINDS = {
     "live": {
         *("state", "media_s", "frames", "chunks", "realtime", "latency", "ahead_s", "unspoken_s"),
         *("repeated_frames", "jumps", "silent_s", "dropped_s", "muted", "source", "sinks"),
+        *("position_s", "restarts"),
     },
     "clip": {
         *("line", "output", "state", "type", "message"),

@@ -27,6 +27,7 @@ from flashtalk_cli.bench.measure import bench
 from flashtalk_cli.config import BenchJob, Job, RenderJob, ServeJob, StreamJob
 from flashtalk_cli.errors import PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.live.ending import leave
 from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
 from flashtalk_cli.parallel.pulse import SILENT_S, Verdict
@@ -131,4 +132,4 @@ def _fail(emitter: Emitter, error: Exception, ranks: Ranks, rank_log: Path | Non
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

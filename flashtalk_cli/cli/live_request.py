@@ -9,13 +9,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashtalk_cli import launch, log
+from flashtalk_cli import events, launch, log
+from flashtalk_cli.cli import restart
 from flashtalk_cli.cli.display import Display
 from flashtalk_cli.cli.live_display import choose
 from flashtalk_cli.cli.machine import processes_of
@@ -50,6 +51,7 @@ class LiveRequest:
     preview: str | None
     metrics: str | None
     control: Path | None
+    restart: bool
     preset: str
     sets: Sequence[str]
     options: dict[str, tuple[str, Any]]  # option: (dotted key of the preset, value)
@@ -67,15 +69,24 @@ def fulfil(request: LiveRequest, *, json: bool, debug: bool) -> int:
     with choose(json=json, video_on_stdout=request.to_stdout) as display, ExitStack() as stack:
         job = check(request, stack, display)
         display.stage("control", f"flashtalk ctl --socket {job.control} status")
-        display.stage("start", "loading torch")
-        return launch.run(
-            job,
-            display.show,
-            debug=debug,
-            stdin=STDIN if job.source.kind == "stdin" else subprocess.DEVNULL,
-            stdout=request.to_stdout,
-            on_log=display.log,
-            processes=processes_of(job.preset.compute),
+        processes = processes_of(job.preset.compute)
+
+        def start(job: StreamJob, on_event: Callable[[events.Event], None]) -> int:
+            display.stage("start", "loading torch")
+            return launch.run(
+                job,
+                on_event,
+                debug=debug,
+                stdin=STDIN if job.source.kind == "stdin" else subprocess.DEVNULL,
+                stdout=request.to_stdout,
+                on_log=display.log,
+                processes=processes,
+                requests=requests,
+            )
+
+        requests = stack.enter_context(launch.stop_requests())
+        return (
+            restart.run(job, start, display.show, requests) if request.restart else start(job, display.show)
         )
 
 
@@ -91,6 +102,8 @@ def check(request: LiveRequest, stack: ExitStack, display: Display) -> StreamJob
     if request.size == "auto":
         preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(width_px, height_px)})
     preset = _with_lookahead(preset, source)
+    if request.restart and preset.live.late == "fail":
+        raise UsageError("--restart would start again what --late fail ends: give one of them")
     canvas = preset.canvas
     display.stage(
         "picture", f"{request.picture} {width_px}x{height_px}, {canvas.width_px}x{canvas.height_px}"

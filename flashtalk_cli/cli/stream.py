@@ -102,6 +102,9 @@ def stream(
         Path | None,
         option("--control", CONTROL, "SOCKET", "Where flashtalk ctl finds it; made for you alone."),
     ] = None,
+    restart: Annotated[
+        bool, flag("--restart", CONTROL, "Start again and go on when the process that makes the video dies.")
+    ] = False,
     size: Size = None,
     prompt: Prompt = None,
     seed: Seed = None,
@@ -146,6 +149,7 @@ def stream(
         preview=preview,
         metrics=metrics,
         control=control,
+        restart=restart,
         preset=preset,
         sets=sets or (),
         options=changes(

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LINE_BYTES = 1 << 16
 IDLE_S = 60.0  # a connection that says nothing for so long is closed
+POLL_S = 0.1  # how soon it ends when it is to end
 ANSWER_S = 120.0  # an encoder of a prompt may have to be loaded first
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
@@ -101,7 +102,9 @@ class Control:
             ) from None
         finally:
             os.umask(before)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="control", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(POLL_S,), name="control", daemon=True
+        )
 
     def __enter__(self) -> Control:
         self._thread.start()

@@ -19,10 +19,7 @@ from flashtalk_cli.live.timeline import Taken, Timeline
 
 LOOK_UP_S = 0.2  # how often a waiting loop sees whether it was asked to stop
 REMEMBERED_CHUNKS = 8  # the next one is expected to take as long as the slowest of them, one exception aside
-DRAIN_S, DRAINED_S = (
-    1.5,
-    30.0,
-)  # for sending what is queued, after a request to stop and at the end of the sound
+DRAIN_S, DRAINED_S = 1.0, 30.0  # to send what is queued, after a request to stop and at the end of the sound
 FIRST_GUESS = 0.5  # of a chunk's length: what its first frame is expected to take before any was seen
 
 

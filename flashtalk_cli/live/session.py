@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashtalk_cli.config import StreamJob
-from flashtalk_cli.errors import UsageError
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, UsageError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.control import Control
 from flashtalk_cli.live.delivery import Delivery
+from flashtalk_cli.live.ending import Ending, heard_at_once, outlived
 from flashtalk_cli.live.inputs import open_source
-from flashtalk_cli.live.loop import Loop, Manners
+from flashtalk_cli.live.loop import DRAIN_S, Loop, Manners
 from flashtalk_cli.live.pacing import Rules
 from flashtalk_cli.live.stage import ModelPerformer, Stage
 from flashtalk_cli.live.status import status_of
@@ -35,30 +36,42 @@ log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
 BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
-STOP_S, END_S = 2.0, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
+STOP_S, END_S = 1.5, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
 
 
 def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -> int:
     """Stream until the sound ends or `stop` is set; the exit code. All ranks."""
-    stage = Stage(worker)
+
+    def not_yet_on_air() -> int:
+        worker.emitter.emit("interrupted", path=None, frames=0)
+        return INTERRUPTED_EXIT_CODE
+
+    with heard_at_once(stop):
+        with outlived(stop, 0.0, not_yet_on_air):
+            stage = Stage(worker)
+            _warm_up(worker, stage)
+            performer = ModelPerformer(worker, stage) if worker.ranks.leads else None
+        if performer is None:
+            stage.follow()
+            return 0
+        code = lead(worker, job, performer, stop, stdout)
+    performer.end()  # after an error there is no telling what the other ranks wait for: the worker ends them
+    return code
+
+
+def _warm_up(worker: Worker, stage: Stage) -> None:
+    """Make what is slow the first time, and time it the second."""
     worker.emitter.emit("stage", name="warm", detail="two chunks, which nobody sees")
     stage.warm_up()
     began_s = time.perf_counter()
     stage.warm_up()
-    speed = job.preset.sampling.new_s / (time.perf_counter() - began_s)
+    speed = worker.preset.sampling.new_s / (time.perf_counter() - began_s)
     if speed < 1:
         worker.emitter.emit(
             "warning",
             message=f"this machine makes {speed:.2f} s of video in a second: frames will be repeated; "
             "use fewer --steps, a smaller --size, or more --gpus",
         )
-    if not worker.ranks.leads:
-        stage.follow()
-        return 0
-    performer = ModelPerformer(worker, stage)
-    code = lead(worker, job, performer, stop, stdout)
-    performer.end()  # after an error there is no telling what the other ranks wait for: the worker ends them
-    return code
 
 
 def rules_of(job: StreamJob) -> Rules:
@@ -98,8 +111,25 @@ def lead(
         loop = Loop(rules, manners, timeline, performer, delivery, stop, clock)
 
         def status() -> dict[str, Any]:
-            return status_of(loop, source.state, encoder.statistics())
+            return status_of(loop, source.state, encoder.statistics(), job.restarts)
 
+        def end(late: bool) -> None:
+            if late:
+                source.close()
+                delivery.finish(DRAIN_S)
+            limit_s = STOP_S if stop.is_set() else END_S
+            if not encoder.end(limit_s) or not (stop.is_set() or sent):
+                warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
+            stack.close()
+            emitter.emit(
+                "done",
+                path=next((target.path for target in targets if target.kind == "file"), None),
+                frames=delivery.sent_frames,
+                duration_s=delivery.sent_frames / rules.fps,
+                elapsed_s=time.perf_counter() - started_s,
+            )
+
+        sent = False
         handler = Commands(loop, performer, status)
         source.on_interrupt = loop.interrupt
         stack.enter_context(Control(job.control, handler))
@@ -111,19 +141,12 @@ def lead(
         stack.callback(source.close)
         source.start()
         delivery.start()
-        sent = loop.run()
+        ending = Ending(stop, end)
+        with ending.watched():
+            sent = loop.run()
         if source.failure is not None and not delivery.sent_frames:
             raise source.failure
-        limit_s = STOP_S if stop.is_set() else END_S
-        if not encoder.end(limit_s) or not (sent or stop.is_set()):
-            warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
-    emitter.emit(
-        "done",
-        path=next((target.path for target in targets if target.kind == "file"), None),
-        frames=delivery.sent_frames,
-        duration_s=delivery.sent_frames / rules.fps,
-        elapsed_s=time.perf_counter() - started_s,
-    )
+        ending()
     return 0
 
 
@@ -171,6 +194,7 @@ def _encoder(
         on_warning=warn,
         overwrite=job.overwrite,
         stdout=stdout,
+        resumed=job.restarts > 0,
     )
 
 

@@ -134,7 +134,7 @@ class FfmpegSource(Source):
             why = cause(status, lines) if status else "it ended"
             why = masked(self._source.where, why) if self._source.kind == "url" else why
             if not self._comes_again(status):
-                if not got_some:
+                if not got_some and not self._source.start_s:  # else it began where the file ends
                     raise InputError(f"{self._shown}: no sound can be had from it ({why})")
                 return
             if got_some or self.state != "waiting":
@@ -230,8 +230,9 @@ class Decoder:
 def ffmpeg_input(source: SoundSource) -> Any:
     """The ffmpeg-python input of a source: nothing but its own protocol is open to it."""
     if source.kind == "file":
-        loop = {"stream_loop": -1} if source.loop else {}
-        return ffmpeg.input(f"file:{source.where}", protocol_whitelist="file,pipe", vn=None, **loop)
+        options: dict[str, Any] = {"stream_loop": -1} if source.loop else {}
+        options |= {"ss": source.start_s} if source.start_s else {}
+        return ffmpeg.input(f"file:{source.where}", protocol_whitelist="file,pipe", vn=None, **options)
     if source.kind == "microphone":
         return _microphone(source.where)
     scheme = urlsplit(source.where).scheme

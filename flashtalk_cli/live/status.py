@@ -14,6 +14,8 @@ silent_s         silence put where sound was late or missing
 dropped_s        sound never spoken: interrupted, too much of it, or left out to catch up
 muted            whether the person stays silent whatever arrives
 source           what the source is doing: starting, live, waiting (it will be tried again), ended
+position_s       how much of the sound was spoken or left out, with what waits to be sent
+restarts         how often the stream was started again after its worker died
 sinks            of each output, as media/live/statistics.py has it
 """
 
@@ -38,6 +40,7 @@ METRICS = {  # name: (kind, where in the status, what it is)
     "video_ahead_seconds": ("gauge", "ahead_s", "Video that waits to be sent."),
     "sound_unspoken_seconds": ("gauge", "unspoken_s", "Sound that waits to be spoken."),
     "muted": ("gauge", "muted", "1 while muted."),
+    "restarts_total": ("counter", "restarts", "Times the stream was started again."),
 }
 SINK_METRICS = {
     "sink_live": ("gauge", "1 while the output takes frames."),
@@ -49,7 +52,9 @@ SINK_METRICS = {
 }
 
 
-def status_of(loop: Loop, source_state: str, sinks: Sequence[SinkStatistics]) -> dict[str, Any]:
+def status_of(
+    loop: Loop, source_state: str, sinks: Sequence[SinkStatistics], restarts: int
+) -> dict[str, Any]:
     """The status now, as the fields of a `live` event."""
     timeline, delivery = loop.timeline, loop.delivery
     return {
@@ -67,6 +72,8 @@ def status_of(loop: Loop, source_state: str, sinks: Sequence[SinkStatistics]) ->
         "dropped_s": timeline.dropped_samples / timeline.rate_hz,
         "muted": timeline.muted,
         "source": source_state,
+        "position_s": timeline.arrived_samples / timeline.rate_hz - timeline.unspoken_s,
+        "restarts": restarts,
         "sinks": [asdict(sink) for sink in sinks],
     }
 

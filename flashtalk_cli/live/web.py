@@ -18,6 +18,7 @@ from flashtalk_cli.live.address import LOOPBACK, parse_address
 from flashtalk_cli.live.status import prometheus
 
 REQUEST_S = 10.0
+POLL_S = 0.1  # how soon it ends when it is to end
 HLS_TYPES = {
     ".m3u8": "application/vnd.apple.mpegurl",
     ".mp4": "video/mp4",
@@ -37,7 +38,9 @@ class Web:
         except OSError as error:
             raise UsageError(f"cannot listen at {where} ({error.strerror}); choose another") from None
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, name="web", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(POLL_S,), name="web", daemon=True
+        )
 
     def __enter__(self) -> Web:
         self._thread.start()

@@ -50,10 +50,11 @@ def check_writable(output: Path, overwrite: bool) -> None:
 class PartFile:
     """The empty part file of an output, held by us; a dead run's is taken over, a living one's is not.
 
-    `descriptor` holds the lock: a child that inherits it keeps the lock as long as it lives.
+    `descriptor` holds the lock: a child that inherits it keeps the lock as long as it lives. With `keep`, what
+    the dead run wrote stays in it.
     """
 
-    def __init__(self, output: Path, overwrite: bool) -> None:
+    def __init__(self, output: Path, overwrite: bool, *, keep: bool = False) -> None:
         check_writable(output, overwrite)
         self.output = output
         self.path = part_path(output)
@@ -74,7 +75,8 @@ class PartFile:
             ) from None
         except OSError:
             log.debug("this file system has no locks: %s", self.path)
-        os.ftruncate(self.descriptor, 0)
+        if not keep:
+            os.ftruncate(self.descriptor, 0)
 
     @property
     def held(self) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.live.backoff import Backoff
-from flashtalk_cli.media.live.commands import Coding, Sending, live_codec, sending
+from flashtalk_cli.media.live.commands import Coding, Sending, after_restart, live_codec, sending
 from flashtalk_cli.media.live.encoder_process import Backlog, EncoderProcess
 from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder
 from flashtalk_cli.media.live.statistics import SinkStatistics
@@ -79,8 +79,8 @@ class LiveEncoder:
     """Live outputs being written; a context manager, and leaving it without `end` is `abort`.
 
     Sound is 48 kHz. `on_warning` gets one line without secrets for each outage and each return, from other
-    threads. `stdout` is the descriptor of a target of that kind, to be kept open meanwhile. Raises
-    `OutputError` as `check_targets`.
+    threads. `stdout` is the descriptor of a target of that kind, to be kept open meanwhile. `resumed`: another
+    was cut off, whose playlists go on. Raises `OutputError` as `check_targets`.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class LiveEncoder:
         on_warning: Callable[[str], None] = log.warning,
         overwrite: bool = False,
         stdout: int = 1,
+        resumed: bool = False,
     ) -> None:
         assert SAMPLE_RATE_HZ % fps == 0, fps
         check_targets(targets, encoding, width_px, height_px, overwrite)
@@ -125,7 +126,7 @@ class LiveEncoder:
         self._sinks: list[Sink] = []
         try:
             for target in targets:
-                self._sinks.append(self._sink(target, comment, overwrite, stdout))
+                self._sinks.append(self._sink(target, comment, overwrite, stdout, resumed))
             self._process = EncoderProcess(self._coding, self._backlog)
         except BaseException:
             for sink in self._sinks:
@@ -207,15 +208,16 @@ class LiveEncoder:
     ) -> None:
         self.abort()
 
-    def _sink(self, target: Target, comment: str, overwrite: bool, stdout: int) -> Sink:
+    def _sink(self, target: Target, comment: str, overwrite: bool, stdout: int, resumed: bool) -> Sink:
         recording = None
         if target.kind == "file":
             assert target.path is not None
             recording = Recording(target.path, overwrite)
         elif target.kind == "hls":
             assert target.path is not None
-            clear_folder(target.path)
+            clear_folder(target.path, but_ours=resumed)
         how = _sending(target, self._fps, comment)
+        how = after_restart(how) if resumed else how
         if how.exposed:
             self._tell(
                 f"{target.shown}: this ffmpeg takes the address only on its command line, "

@@ -52,12 +52,15 @@ def check_folder(folder: Path) -> None:
         check_writable(folder, overwrite=False)
 
 
-def clear_folder(folder: Path) -> None:
-    """The folder, made if need be, without the playlist and segments of an earlier run; other files stay."""
+def clear_folder(folder: Path, but_ours: bool = False) -> None:
+    """The folder, made if need be, without the playlist and segments of an earlier run; other files stay.
+
+    `but_ours`: what is there was written by this very run, and stays too.
+    """
     try:
         folder.mkdir(exist_ok=True)
         for found in folder.iterdir():
-            if OURS.fullmatch(found.name):
+            if not but_ours and OURS.fullmatch(found.name):
                 found.unlink()
     except OSError as error:
         raise OutputError(
