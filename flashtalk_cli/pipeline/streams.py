@@ -62,7 +62,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self._recordings: dict[str, _Recording] = {}
-        self._works = True
+        self.works = True  # nothing failed to be recorded so far
 
     def __call__(self, name: str, given: object, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """function(*inputs).
@@ -72,14 +72,14 @@ class Graphs:
         """
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         held = self._recordings.get(name)
-        if not self._works or held is None or held.given is not given or held.shapes != shapes:
+        if not self.works or held is None or held.given is not given or held.shapes != shapes:
             self._recordings[name] = _Recording(given, shapes)
             return function(*inputs)
         if held.graph is None:
             try:
                 _record(held, function, inputs)
             except RuntimeError as error:
-                self._works = False
+                self.works = False
                 self._recordings.clear()
                 torch.cuda.synchronize()
                 _log.warning(
