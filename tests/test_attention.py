@@ -79,20 +79,24 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine
 
 
 def test_auto_takes_the_fastest_present(machine: Machine) -> None:
-    """Contract: fa3, then flash, then cuDNN, then SDPA, by what is installed."""
+    """Contract: on Hopper fa3, then cuDNN, then flash, then SDPA, by what is there; before it flash, then cuDNN."""
     assert choose_kernel("auto", CUDA, torch.bfloat16).name == "cudnn"
     machine.install("flash_attn")
-    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "flash"
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "cudnn"
     machine.install("fa3_fwd_interface")
     assert choose_kernel("auto", CUDA, torch.bfloat16).name == "fa3"
+    assert choose_kernel("auto", CUDA, torch.float16).name == "cudnn"
+    machine.monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     assert choose_kernel("auto", CUDA, torch.float16).name == "flash"
+    machine.capability = ADA
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "flash"
     assert choose_kernel("auto", CUDA, torch.float32).name == "sdpa"
     assert choose_kernel("auto", CPU, torch.bfloat16) is SDPA
 
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [(HOPPER, "fa3"), (BLACKWELL, "flash"), (ADA, "flash"), (TURING, "sdpa")],
+    [(HOPPER, "fa3"), (BLACKWELL, "cudnn"), (ADA, "flash"), (TURING, "sdpa")],
 )
 def test_auto_asks_what_the_gpu_can_do(machine: Machine, capability: tuple[int, int], expected: str) -> None:
     """Contract: an installed package is no use on a GPU that it is not built for."""
