@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +32,7 @@ from flashtalk_cli.media.probe import probe
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 LIMIT_S = 10.0  # from the fault to the end of the run
+OVERDUE_S = 60.0  # from the start of a run
 AT_ONCE = 3
 ROUND_FRAMES = 8
 HOST = socket.gethostname()
@@ -78,7 +81,7 @@ def readers_of(path: Path) -> list[int]:
 
 def run(folder: Path, how: str, device: str = "cpu") -> Ended:
     """Run it, do to it from outside what `how` says once two chunks are written, and wait for its end."""
-    search = f"{ROOT}{os.pathsep}{TESTS}"
+    search = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
     parent = subprocess.Popen(
         [sys.executable, str(TESTS / "fault_parent.py"), str(folder), how, device],
         stdout=subprocess.PIPE,
@@ -87,6 +90,8 @@ def run(folder: Path, how: str, device: str = "cpu") -> Ended:
         env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
     )
     assert parent.stdout
+    overdue = threading.Timer(OVERDUE_S, parent.kill)  # of a run that never comes to its fault
+    overdue.start()
     lines: list[dict[str, Any]] = []
     pids: list[int] = []
     fault_s = float("inf")
@@ -101,6 +106,7 @@ def run(folder: Path, how: str, device: str = "cpu") -> Ended:
                 number = signal.SIGTERM if how == "asked" else signal.SIGKILL
                 os.kill(parent.pid if OUTSIDE[how] == "parent" else pids[-1], number)
     parent.wait()
+    overdue.cancel()
     output = folder / f"{how}.mp4"
     pids += readers_of(output)
     while any(map(alive, pids)) and time.monotonic() < fault_s + 2 * LIMIT_S:
@@ -156,6 +162,7 @@ SAID = {
     "raises": ("ModelError", "rank 1 on HOST: rank 1 has its reason; its log: LOG"),
     "memory": ("DeviceError", "rank 1 on HOST: out of memory: CUDA out of memory.*--offload.*; its log: LOG"),
     "killed": ("WorkerError", r"rank 1 on HOST, process \d+, died of SIGKILL: most likely .*; its log: LOG"),
+    "spins": ("WorkerError", r"rank 1 on HOST hangs: the others have waited \d s for it; its log: LOG"),
     "sleeps": ("WorkerError", r"rank 1 on HOST hangs: the others have waited \d s for it; its log: LOG"),
     "stopped": ("WorkerError", r"rank 1 on HOST gave no sign of life for \d s: .*; its log: LOG"),
 }
@@ -195,12 +202,12 @@ def test_the_death_of_torchrun_is_told(how: str, runs: dict[str, Future[Ended]])
     assert "SIGKILL" in text
 
 
-OVER_NCCL = ("sleeps", "stopped", "killed", "memory")
+OVER_NCCL = ("killed", "sleeps", "spins", "stopped", "memory")
 
 
 @pytest.fixture(scope="module")
 def gpu_runs(folder: Path) -> Iterator[dict[str, Future[Ended]]]:
-    """The same on two GPUs, all at once."""
+    """The same on two GPUs, all at once; the first compiles for all."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
     with ThreadPoolExecutor(len(OVER_NCCL)) as pool:
@@ -210,8 +217,23 @@ def gpu_runs(folder: Path) -> Iterator[dict[str, Future[Ended]]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("how", OVER_NCCL)
 def test_ranks_over_nccl_end_as_soon(how: str, gpu_runs: dict[str, Future[Ended]]) -> None:
-    """Where the libraries notice nothing: ten seconds, one line, no process left."""
+    """Where the libraries notice nothing: ten seconds, one line, no process left, and what was written plays."""
     ended = gpu_runs[how].result()
+    tell(how, ended)
     assert ended.took_s < LIMIT_S, ended.lines[-3:]
     assert not ended.left
     said_of(how, ended)
+    if shutil.which("ffmpeg"):  # else the chunks were only counted
+        video = probe(ended.part).video
+        assert video
+        assert video.n_frames >= ROUND_FRAMES
+
+
+def tell(how: str, ended: Ended) -> None:
+    """Print how a run ended, and add it to the file that the environment's FAULTS names."""
+    found = {"took_s": round(ended.took_s, 2), "left": ended.left, "end": ended.lines[-1]}
+    print(f"{how}: {found}")
+    if "FAULTS" in os.environ:
+        path = Path(os.environ["FAULTS"])
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**before, how: found}, indent=1) + "\n")

@@ -282,7 +282,11 @@ def test_two_hosts_render_the_same_video(place: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "flashtalk_cli", *command, str(index)],
             cwd=place,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": "1",
+            },
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -59,12 +59,15 @@ class ThreadGroup(Group):
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack(self._swap(x)).sum(0)
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+    def exchange(
+        self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, torch.Size]
+    ) -> dict[int, Tensor]:
         with self.traffic:
             mail = self.table.swap(self.rank, {peer: x.clone() for peer, x in outgoing.items()})
-        for peer, place in incoming.items():
-            place.copy_(mail[peer].pop(self.rank))
+        found = {peer: mail[peer].pop(self.rank) for peer in incoming}
+        assert {peer: x.shape for peer, x in found.items()} == dict(incoming)
         assert not [rank for rank in range(self.size) if rank not in incoming and self.rank in mail[rank]]
+        return found
 
 
 def on_ranks(size: int, work: Callable[[int], T]) -> list[T]:

@@ -67,22 +67,24 @@ class Group:
             dist.all_reduce(total, group=self.handle)
         return total
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Send a tensor to each of some ranks, and fill a contiguous one from each of some ranks.
+    def exchange(
+        self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, torch.Size]
+    ) -> dict[int, Tensor]:
+        """Send a tensor to each of some ranks; what came from each of some ranks, in the shapes given.
 
-        What one rank sends to another, that one must expect in the same call, in shape and dtype.
+        There is one to send at least, though it may be empty; all are of one dtype. Every rank must call this,
+        and what one sends to another, that one must expect. It is one collective, which runs in the stream of
+        what is computed; messages from rank to rank would run in streams of the library's own.
         """
-        operations = [
-            *(
-                dist.P2POp(dist.isend, x.contiguous(), group=self.handle, group_peer=peer)
-                for peer, x in outgoing.items()
-            ),
-            *(dist.P2POp(dist.irecv, x, group=self.handle, group_peer=peer) for peer, x in incoming.items()),
-        ]
-        if operations:
-            with self.traffic:
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+        ranks = range(self.size)
+        taken = [incoming[rank].numel() if rank in incoming else 0 for rank in ranks]
+        given = [outgoing[rank].numel() if rank in outgoing else 0 for rank in ranks]
+        sent = torch.cat([outgoing[rank].flatten() for rank in sorted(outgoing)])
+        received = sent.new_empty(sum(taken))
+        with self.traffic:
+            dist.all_to_all_single(received, sent, taken, given, group=self.handle)
+        parts = received.split(taken)
+        return {rank: parts[rank].view(shape) for rank, shape in incoming.items()}
 
 
 ALONE = Group()

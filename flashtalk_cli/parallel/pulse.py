@@ -7,11 +7,14 @@ keeps for the run: how many exchanges it began, how many rounds of work it finis
 rank reads what all say and judges by the same rules, on any count of hosts:
 
     *silent*   no word from a rank for SILENT_S: it is stopped, or its host is gone
+    *dead*     its process is gone, as those on its machine see
     *stuck*    nobody began an exchange for STUCK_S, or three times the longest gap so far:
                it is the rank that began the fewest, for the others wait for it
     *ended*    a rank that failed said so in its last word
 
-The first two hold once a run is warm: a round may compile, load and tune for minutes. So the
+A dead rank is told by the torchrun that started it, which knows why; the others only end.
+
+*Silent* and *stuck* hold once a run is warm: a round may compile, load and tune for minutes. So the
 first WARM_ROUNDS rounds of each kind of work are given FIRST_S, and only later ones teach what gaps are
 usual. While any rank rests (the consumer of its frames is slow, a listener is silent) nobody is stuck.
 """
@@ -19,11 +22,13 @@ usual. While any rank rests (the consumer of its frames is slow, a listener is s
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from flashtalk_cli.parallel.traffic import Traffic
@@ -53,10 +58,12 @@ class Beat:
     host: str
     log: str  # where its log lies, on its host
     count: int = 0  # beats so far
-    begun: int = 0  # exchanges with other ranks
+    begun: int = 0  # exchanges with other ranks, on a GPU those that it came to
     rounds: int = 0  # rounds of one kind of work finished
     resting: bool = False
     last_word: str | None = None  # why it ended; empty: in order
+    process: int = 0  # its number in `space`
+    space: str = ""  # its machine, or what part of it processes can see
 
     def who(self, rank: int) -> str:
         """The rank, for an error."""
@@ -156,6 +163,7 @@ class Pulse:
         self._store = store
         self._traffic = traffic or Traffic()
         self._host, self._log = host, log
+        self._space = process_space()
         self._keys = keys_of(size)
         self._count = self.rounds = 0
         self._resting = False
@@ -197,7 +205,15 @@ class Pulse:
             return
         self._count += 1
         beat = Beat(
-            self._host, self._log, self._count, self._traffic.begun, self.rounds, self._resting, last_word
+            host=self._host,
+            log=self._log,
+            count=self._count,
+            begun=self._traffic.begun,
+            rounds=self.rounds,
+            resting=self._resting,
+            last_word=last_word,
+            process=os.getpid(),
+            space=self._space,
         )
         try:
             self._store.set(self._keys[self.rank], json.dumps(asdict(beat)))
@@ -207,7 +223,7 @@ class Pulse:
     def _watch(self, on_verdict: Callable[[Verdict], None]) -> None:
         assert self._store is not None
         who = f"rank {self.rank} on {self._host}"
-        verdict = observe(self._store, self._keys, who, self._ended, self._beat)
+        verdict = observe(self._store, self._keys, who, self._ended, self._beat, self._space)
         if verdict is not None and not self._ended.is_set():
             on_verdict(verdict)
 
@@ -228,10 +244,11 @@ def observe(
     who: str,
     ended: threading.Event,
     between: Callable[[], None] = lambda: None,
+    space: str = "",
 ) -> Verdict | None:
     """Judge the beats under `keys` until a verdict, or None once `ended` is set; calls `between` each time.
 
-    `who` is the observer, for the error of a store that went away.
+    `who` is the observer, for the error of a store that went away; `space` is where it sees processes.
     """
     judge = Judge(len(keys))
     while not ended.wait(BEAT_S):
@@ -241,6 +258,37 @@ def observe(
         except RuntimeError as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             return Verdict(f"{who} lost torchrun's store: {first}", told=True)
-        if verdict := judge.look(beats, time.monotonic()):
+        if verdict := judge.look(beats, time.monotonic()) or _dead(beats, space):
             return verdict
     return None
+
+
+def _dead(beats: Sequence[Beat], space: str) -> Verdict | None:
+    """The verdict on a rank whose process is gone without a word, if it ran where we can see that."""
+    for rank, beat in enumerate(beats):
+        if space and beat.space == space and beat.last_word is None and not is_alive(beat.process):
+            return Verdict(f"{beat.who(rank)}, process {beat.process}, died; its log: {beat.log}", told=True)
+    return None
+
+
+def process_space() -> str:
+    """What tells processes that see each other by number from others; empty where nobody can say.
+
+    Names of hosts do not: those of containers may be alike.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux, or hidden
+        return ""
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except OSError:  # hidden from us
+        return True
+    return state.split()[0] not in "ZX"

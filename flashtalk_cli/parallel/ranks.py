@@ -6,9 +6,11 @@ Process groups are made and ended here and nowhere else; a worker joins once and
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,6 +28,8 @@ from flashtalk_cli.parallel.traffic import Traffic
 # The libraries' own limit on an exchange, for whoever keeps no watch on the pulse, which is quicker.
 # It must outlast a first compilation on one rank.
 PEER_TIMEOUT_S = FIRST_S
+
+LEAVE_S = 10.0
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
@@ -114,10 +118,15 @@ class Ranks:
         return box or []
 
     def leave(self) -> None:
-        """Leave the process group, in order."""
+        """Leave the process group, in order; a library that does not let go in LEAVE_S ends the process, code 0."""
         self.pulse.end()
-        if self.size > 1:
-            dist.destroy_process_group()
+        if self.size == 1:
+            return
+        watch = threading.Timer(LEAVE_S, os._exit, [0])  # nobody minds the pulse any more
+        watch.daemon = True
+        watch.start()
+        dist.destroy_process_group()
+        watch.cancel()
 
 
 def join(device: torch.device, log: Path | None = None) -> Ranks:
@@ -133,14 +142,15 @@ def join(device: torch.device, log: Path | None = None) -> Ranks:
     timeout = timedelta(seconds=PEER_TIMEOUT_S)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timedelta(seconds=SILENT_S))
-    traffic = Traffic()
-    pulse = Pulse(size, rank, store, traffic, host=socket.gethostname(), log=str(log or "its stderr"))
     if device.type == "cuda":
         local_rank, have = dist.get_node_local_rank(), torch.cuda.device_count()
         if local_rank >= have:
             raise DeviceError(f"more ranks than GPUs: this machine has {have}; lower --gpus, or take all")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    traffic = Traffic(device)
+    pulse = Pulse(size, rank, store, traffic, host=socket.gethostname(), log=str(log or "its stderr"))
+    if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)

@@ -93,9 +93,8 @@ class UlyssesRing(Sequence):
         """Attention of this rank's queries to the keys of all `length` real tokens."""
         assert not (torch.is_grad_enabled() and q.requires_grad), "no gradient goes through collectives"
         if self.ulysses.size > 1:
-            packed = rearrange(
-                torch.stack([q, k, v]), "three b n (u h) d -> u three b n h d", u=self.ulysses.size
-            )
+            parts = [rearrange(x, "b n (u h) d -> u b n h d", u=self.ulysses.size) for x in (q, k, v)]
+            packed = torch.stack(parts, 1)  # the one copy
             swapped = self.ulysses.all_to_all(packed)
             q, k, v = rearrange(swapped, "u three b n h d -> three b (u n) h d")
         if self.ring.size > 1:
@@ -103,8 +102,8 @@ class UlyssesRing(Sequence):
             k, v = rearrange(gathered, "r two b n h d -> two b (r n) h d")
         out = kernel(q, k[:, :length], v[:, :length])
         if self.ulysses.size > 1:
-            parts = rearrange(out, "b (u n) h d -> u b n h d", u=self.ulysses.size)
-            out = rearrange(self.ulysses.all_to_all(parts), "u b n h d -> b n (u h) d")
+            runs = rearrange(out, "b (u n) h d -> u b n h d", u=self.ulysses.size)
+            out = rearrange(self.ulysses.all_to_all(runs), "u b n h d -> b n (u h) d")
         return out
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:

@@ -21,7 +21,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,17 +86,12 @@ class TileGrid(Tiles):
         """The tile with its neighbours' pixels around it, zeros where the picture ends; nothing is missing."""
         height, width = x.shape[-3:-1]
         surrounded = F.pad(x, (0, 0, before, after, before, after))
-        outgoing, incoming, places = {}, {}, {}
+        outgoing, places = {}, {}  # also where nothing is to be sent or to be filled: both sides know
         for rank, sends, fills in self.grid.neighbours(self.group.rank, height, width, before, after):
-            sent, filled = _pixels(x, *sends), _pixels(surrounded, *fills)
-            if sent.numel():
-                outgoing[rank] = sent
-            if filled.numel():
-                incoming[rank] = torch.empty_like(filled, memory_format=torch.contiguous_format)
-                places[rank] = filled
-        self.group.exchange(outgoing, incoming)
+            outgoing[rank], places[rank] = _pixels(x, *sends), _pixels(surrounded, *fills)
+        received = self.group.exchange(outgoing, {rank: place.shape for rank, place in places.items()})
         for rank, place in places.items():
-            place.copy_(incoming[rank])
+            place.copy_(received[rank])
         return surrounded, (0, 0)
 
     def gather(self, x: Tensor) -> Tensor:
