@@ -13,7 +13,7 @@ that of the weights. Shapes: B videos, T latent frames of h x w, N = T (h / 2) (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, cast
 
@@ -41,11 +41,11 @@ PARTS = {
     "hear": ("audio_cross_attn.kv_linear",),
 }
 
-# A block's layers that run in every step and take most of its time; the folded ones of audio stay as they are.
-EIGHT_BITS = (
-    *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
-    *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
-)
+# What multiplies in eight bits where that is asked for: these layers of a block, in all but the last blocks. They
+# run in every step and take most of its time. Left out are the folded ones of audio, and what costs the picture
+# most: self_attn.o and the last block (measured, see bench/README.md).
+EIGHT_BITS = ("self_attn.q", "self_attn.k", "self_attn.v", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
+EXACT_BLOCKS = 1
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,12 @@ class DiT(nn.Module):
         """The compute dtype: that of the weights."""
         return self.patch_embedding.weight.dtype
 
+    def arrange(self, eight_bits: bool) -> None:
+        """Make loaded weights ready for inference: see `Block.arrange`."""
+        for index, block in enumerate(self.blocks):
+            exact = not eight_bits or index >= len(self.blocks) - EXACT_BLOCKS
+            cast("Block", block).arrange(() if exact else EIGHT_BITS)
+
     def condition(self, text: Tensor, image: Tensor) -> Context:
         """Embed a prompt and a picture and give every block its keys and values.
 
@@ -282,10 +288,9 @@ class Block(nn.Module):
         self.audio_cross_attn = AudioCrossAttention(p)
         self.ffn = nn.Sequential(nn.Linear(p.dim, p.ffn_dim), nn.GELU("tanh"), nn.Linear(p.ffn_dim, p.dim))
 
-    def arrange(self, eight_bits: bool) -> None:
-        """Make loaded weights ready for inference: quantised where asked, and q, k, v in one piece of memory."""
-        if eight_bits:
-            to_eight_bits(self, EIGHT_BITS)
+    def arrange(self, eight_bits: Collection[str]) -> None:
+        """Make loaded weights ready: layers of these names quantised, and q, k, v in one piece of memory."""
+        to_eight_bits(self, eight_bits)
         lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
 
     def forward(
@@ -296,15 +301,17 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.float() + modulation).chunk(
             6, 1
         )
-        small = in_eight_bits(self.ffn[0])
-        y = ops.norm(x, 1 + scale_1, shift_1, eps, quantise=small)
+        small = in_eight_bits  # of the layer that a norm or a GELU feeds
+        y = ops.norm(x, 1 + scale_1, shift_1, eps, quantise=small(self.self_attn.q))
         y = self.self_attn(y, layout)
-        x, y = ops.add_norm(x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small)
+        x, y = ops.add_norm(
+            x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small(self.cross_attn.q)
+        )
         y = self.cross_attn(y, text, image, layout)
         x, y = ops.add_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, eps)
         y = self.audio_cross_attn(y, audio, layout)
-        x, y = ops.add_norm(x, y, None, 1 + scale_2, shift_2, eps, quantise=small)
-        y = self.ffn[2](ops.gelu(self.ffn[0], y, quantise=small))
+        x, y = ops.add_norm(x, y, None, 1 + scale_2, shift_2, eps, quantise=small(self.ffn[0]))
+        y = self.ffn[2](ops.gelu(self.ffn[0], y, quantise=small(self.ffn[2])))
         return ops.add(x, y, gate_2)
 
 

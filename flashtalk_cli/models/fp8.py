@@ -9,7 +9,7 @@ Everything that is no such layer stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ def check_device(device: torch.device) -> None:
     raise DeviceError(f"precision.dit fp8 cannot run here: {reason}")
 
 
-def to_eight_bits(block: nn.Module, names: Sequence[str]) -> None:
+def to_eight_bits(block: nn.Module, names: Iterable[str]) -> None:
     """Replace the linear layers of those names, one after another: no two whole copies are held."""
     for name in names:
         layer = block.get_submodule(name)

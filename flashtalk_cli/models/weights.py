@@ -83,8 +83,7 @@ def load_dit(
     plan.module.kernel = kernel
     if not offload:
         dit = _loaded(plan, device, dtype, random, seed)
-        for block in dit.blocks:
-            block.arrange(eight_bits)
+        dit.arrange(eight_bits)
         return dit
     if eight_bits:
         raise DeviceError("precision.dit fp8 does not go with --offload: leave one of them out")

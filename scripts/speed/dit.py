@@ -30,7 +30,7 @@ from torch import Tensor
 from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import weights
 from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, choose_kernel, why_absent
-from flashtalk_cli.models.dit import Block, DiT
+from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.sequence import UNDIVIDED
@@ -46,13 +46,8 @@ def network() -> DiT:
     with torch.device("meta"):
         dit = DiT(DIT)
     weights.fill_random(dit, DEVICE, BF16, seed=0)
-    for block in blocks(dit):
-        block.arrange(False)
+    dit.arrange(False)
     return dit.eval()
-
-
-def blocks(dit: DiT) -> list[Block]:
-    return [block for block in dit.blocks if isinstance(block, Block)]
 
 
 @contextlib.contextmanager
@@ -120,8 +115,7 @@ def main() -> int:
         report.add("recorded", works=graphs.works)
 
     def eight_bits(name: str) -> None:
-        for block in blocks(dit):
-            block.arrange(True)
+        dit.arrange(True)
         if ON_GPU:
             torch.cuda.empty_cache()
         timed(name)
