@@ -333,6 +333,8 @@ def stacked_kernel(weight: Tensor) -> Tensor:
 def conv_frames(x: Tensor, kernel: Tensor, bias: Tensor | None, padding: int = 0, stride: int = 1) -> Tensor:
     """Convolve each frame of [B, T, H, W, I] with a kernel [O, I, kh, kw], channels last throughout."""
     frames = rearrange(x, "b t h w c -> (b t) c h w")
+    # A single frame does not show in its strides how it lies, so it is the kernel that says it.
+    kernel = kernel.contiguous(memory_format=torch.channels_last)
     y = F.conv2d(frames, kernel, bias, stride=stride, padding=padding)
     return rearrange(y, "(b t) c h w -> b t h w c", t=x.shape[1])
 

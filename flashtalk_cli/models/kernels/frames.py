@@ -64,12 +64,14 @@ def _norm_stack(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_bias(y, bias, x, n, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """y += bias + x, in place."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < n
-    value = tl.load(y + at, there, other=0.0).to(tl.float32) + tl.load(bias + at % C, there).to(tl.float32)
-    value += tl.load(x + at, there, other=0.0).to(tl.float32)
+def _add_bias(y, bias, x, n_rows, C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y += bias + x, in place. Rows and channels apart: a remainder for each number would outlast its bytes."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDE)
+    there = (row < n_rows)[:, None] & (channel < C)[None, :]
+    at = row[:, None] * C + channel[None, :]
+    value = tl.load(y + at, there, other=0.0).to(tl.float32) + tl.load(x + at, there, other=0.0).to(tl.float32)
+    value += tl.load(bias + channel, channel < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), there)
 
 
@@ -116,8 +118,9 @@ def add_bias(y: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     """y + bias + x, in y's memory; y and x [..., C] contiguous, bias [C]."""
     assert y.is_contiguous()
     assert y.shape == x.shape, (y.shape, x.shape)
-    block = 2048
-    _add_bias[(triton.cdiv(y.numel(), block),)](y, bias, x.contiguous(), y.numel(), y.shape[-1], block)
+    channels = y.shape[-1]
+    n_rows, (wide, rows) = y.numel() // channels, _tiles(channels)
+    _add_bias[(triton.cdiv(n_rows, rows),)](y, bias, x.contiguous(), n_rows, channels, wide, rows)
     return y
 
 
