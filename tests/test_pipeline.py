@@ -249,6 +249,32 @@ def test_seed_decides(tiny: dict) -> None:
     assert frames(1).dtype == torch.uint8
 
 
+@given(n=st.integers(1, 12), at_once=st.integers(1, 12))
+def test_latents_in_pieces(n: int, at_once: int) -> None:
+    """Property: all of them in order, the first alone, no piece larger than asked for, and no more than needed."""
+    from flashtalk_cli.pipeline.session import in_pieces
+
+    latents = torch.arange(n, dtype=torch.float32)[None, None, :, None, None]
+    pieces = in_pieces(latents, at_once)
+    assert torch.equal(torch.cat(pieces, dim=2), latents)
+    assert pieces[0].shape[2] == 1
+    assert max(piece.shape[2] for piece in pieces) <= max(1, at_once)
+    assert len(pieces) == 1 + -(-(n - 1) // at_once)
+
+
+@torch.no_grad()
+def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity: frames, and the state that the next chunk begins with."""
+    from flashtalk_cli.pipeline import session
+
+    conditions, windows = tiny["conditions"][0], tiny["windows"][0]
+    expected, after = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
+    monkeypatch.setattr(session, "_latents_at_once", lambda tile: 3)
+    video, state = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
+    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.motion, after.motion, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashtalk_cli.config import Sampling
 from flashtalk_cli.models.dit import AudioContext, Context, DiT, KeyValue
-from flashtalk_cli.models.vae import Vae
+from flashtalk_cli.models.vae import STRIDE_PX, Vae
 from flashtalk_cli.models.vae_blocks import Past
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
@@ -32,6 +32,7 @@ from flashtalk_cli.pipeline.schedule import times
 from flashtalk_cli.pipeline.streams import Beside, Graphs
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
+FILLING_PX = 448 * 768  # of a latent that keeps a large GPU busy down to the smallest level of the decoder
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,9 @@ def step(
         if sampling.new_frames < sampling.motion_frames
         else []
     )  # else new frames suffice
-    for latent in latents[:, :, seen:].split(1, dim=2):
-        video, decoder = models.vae.decode(latent, decoder, tiles=tiles)
+    new = latents[:, :, seen:]
+    for piece in in_pieces(new, _latents_at_once(new)):
+        video, decoder = models.vae.decode(piece, decoder, tiles, latents_at_once=piece.shape[2])
         mark("decode")
         video = match_colour(video, conditions.colour, sampling.colour_strength, tiles)
         mark("colour")
@@ -175,6 +177,23 @@ def step(
     mark("motion")
     primed = _prime(models, motion, mark)
     return State(motion, generator.get_state(), state.chunk + 1, primed)
+
+
+def in_pieces(latents: Tensor, at_once: int) -> list[Tensor]:
+    """Latents [B, 16, T, h, w] cut in time: the first alone, so that it is on screen soon; then equal pieces."""
+    rest = latents[:, :, 1:]
+    pieces = rest.chunk(-(-rest.shape[2] // at_once), dim=2) if rest.shape[2] else ()
+    return [latents[:, :, :1], *pieces]
+
+
+def _latents_at_once(tile: Tensor) -> int:
+    """How many latents of this size a GPU decodes together.
+
+    A small picture, or a rank's tile of a large one, would leave most of a GPU idle at the decoder's small
+    levels, and be over before the next kernel is launched. A CPU takes one at a time: they stay in its cache.
+    """
+    tile_px = STRIDE_PX**2 * tile.shape[3] * tile.shape[4]
+    return 1 if tile.device.type == "cpu" else max(1, FILLING_PX // tile_px)
 
 
 def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Tensor, t: Tensor) -> Tensor:
