@@ -1,0 +1,128 @@
+"""Every Triton kernel compiles for a Hopper GPU, as the 14B model calls it: no GPU is needed for that.
+
+The networks run on the meta device at their full sizes, with the types and constants of a real run, and each
+launch is compiled to machine code in place of running. What the code computes is held by kernel_checks.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtalk_cli.models import dit as dit_module
+from flashtalk_cli.models import fp8, vae_blocks
+from flashtalk_cli.models import vae as vae_module
+from flashtalk_cli.models.dit import EIGHT_BITS, DiT, DitParams
+from flashtalk_cli.models.vae import Vae, VaeParams
+from flashtalk_cli.parallel.sequence import UNDIVIDED
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+META, BF16 = torch.device("meta"), torch.bfloat16
+LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU they run"),
+]
+
+Compiled = dict[str, list[Any]]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """By a kernel's name, what its launches were compiled to."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    hopper = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    kernels: Compiled = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: object, grid: object, warmup: bool = False, **options: object) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels.setdefault(self.fn.__name__, []).append(kernel)
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(driver, "_active", hopper)
+    return kernels
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, device=META, dtype=dtype)
+
+
+def assert_machine_code(compiled: Compiled, names: set[str]) -> None:
+    assert set(compiled) == names
+    assert all(kernel.asm["cubin"] for kernels in compiled.values() for kernel in kernels)
+
+
+@torch.no_grad()
+def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, and with every layer in eight bits that can be."""
+    from flashtalk_cli.models.kernels.ops import FUSED
+
+    monkeypatch.setattr(dit_module, "token_ops", lambda tokens: FUSED)
+    monkeypatch.setattr(
+        dit_module, "rotation_table", lambda grid, width, _: meta(LATENTS * H * W // 4, width // 2, 2)
+    )
+    monkeypatch.setattr(
+        fp8, "linear", lambda x, weight, *_: meta(*x.values.shape[:-1], len(weight), dtype=BF16)
+    )  # torch has no product in eight bits for this device
+    with META:
+        dit = DiT(replace(DitParams(), num_layers=1)).to(BF16)
+    p = dit.params
+    context = dit.condition(meta(64, p.text_dim), meta(1, 257, p.image_dim))
+    heard = dit.hear(meta(1, 33, p.audio_window, p.audio_layers, p.audio_dim))
+    for names in ((), (*EIGHT_BITS, "self_attn.o")):
+        dit.blocks[0].arrange(names)
+        velocity = dit(
+            meta(1, 16, LATENTS, H, W), meta(1), meta(1, 20, LATENTS, H, W), context, heard, UNDIVIDED
+        )
+        assert velocity.shape == (1, 16, LATENTS, H, W)
+    assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise"})
+
+
+@torch.no_grad()
+def test_a_decode(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first latent, the second and those after it; every convolution is given its kernel channels-last."""
+
+    def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+        assert kernel.is_contiguous(memory_format=torch.channels_last)
+        sides = (
+            (n + 2 * padding - k) // stride + 1 for n, k in zip(x.shape[2:], kernel.shape[2:], strict=True)
+        )
+        return meta(len(x), *sides, len(kernel), dtype=x.dtype).permute(0, 3, 1, 2)  # as cuDNN gives it
+
+    monkeypatch.setattr(vae_blocks, "fused", lambda x: not torch.is_grad_enabled())
+    monkeypatch.setattr(vae_blocks.F, "conv2d", conv2d)
+    monkeypatch.setattr(vae_module, "_latent_statistics", lambda device: (meta(16), meta(16)))
+    with META:
+        vae = Vae(VaeParams()).to(BF16)
+    video, _ = vae.decode(meta(1, 16, 3, H, W))
+    assert video.shape == (1, 3, 9, 8 * H, 8 * W)
+    assert_machine_code(compiled, {"_norm_stack", "_add_bias", "_interleave"})
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_norm_and_stacking_with_gradients(compiled: Compiled, silu: bool) -> None:
+    """Forward and backward, at the widths of the VAE's levels."""
+    from flashtalk_cli.models import vae_triton
+
+    for channels in (96, 192, 384):
+        x, gamma = (
+            meta(1, 4, H, W, channels, dtype=BF16).requires_grad_(),
+            meta(channels, dtype=BF16).requires_grad_(),
+        )
+        vae_triton.NormSilu.apply(x, gamma, silu).sum().backward()
+        vae_triton.StackFrames.apply(x).sum().backward()
+    assert_machine_code(compiled, {"_norm", "_norm_backward", "_unstack"})
