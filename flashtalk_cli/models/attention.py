@@ -7,7 +7,8 @@ once, when a model is loaded; no call asks again what machine it runs on.
     fa3    package fa3-fwd: FlashAttention 3, Hopper GPUs, bfloat16, forward only
     flash  package flash-attn: FlashAttention 2, Ampere GPUs and later, half precision
     cudnn  torch's scaled_dot_product_attention, by cuDNN wherever it takes the sizes, half precision
-    sdpa   torch's scaled_dot_product_attention, any device and dtype
+    sdpa   torch's scaled_dot_product_attention, any device and dtype; for many keys in bfloat16 on a
+           CPU, without gradients, two matrix products and a softmax in its place
 
 On one H200, self-attention over 12,096 tokens of 40 x 128 in bfloat16 ran at 677 (fa3), 567
 (cudnn) and 357 (the FlashAttention 2 inside torch) TFLOP/s.
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 KERNEL_NAMES = ("fa3", "cudnn", "flash", "sdpa")  # in the order in which `auto` looks, from Hopper on
 BEFORE_HOPPER = ("flash", "cudnn", "sdpa")  # and on GPUs that FlashAttention 2 was written for
+MANY_KEYS = 128  # from here on two products are faster than a fused kernel on a CPU
+MAX_SCORES = 1 << 22  # numbers: 8 MB of bfloat16
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)  # CUDA compute capabilities
 
@@ -49,8 +52,33 @@ class AttentionKernel:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    products = (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and k.shape[2] >= MANY_KEYS
+        and not torch.is_grad_enabled()
+    )
+    return (_in_products(q, k, v) if products else F.scaled_dot_product_attention(q, k, v)).transpose(1, 2)
+
+
+def _in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of q [B, heads, N, head_dim] and k, v [B, heads, M, head_dim], as it is defined.
+
+    The fused kernel multiplies at a third of the rate that oneDNN's products reach on a CPU with bfloat16
+    instructions: for 729 tokens of 4 x 64 this takes 0.54 of its time, for 900 0.63. Keys are padded so
+    that rows of scores fill whole registers, and queries are cut so that scores stay in the cache.
+    """
+    n_keys = k.shape[2]
+    padding = -n_keys % 16
+    k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in (k, v))
+    rows = max(1, MAX_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
+    outs = []
+    for queries in (q * q.shape[-1] ** -0.5).split(rows, dim=2):
+        scores = queries @ k.mT
+        scores[..., n_keys:] = -torch.inf
+        outs.append(torch.softmax(scores, dim=-1, out=scores) @ v)
+    return torch.cat(outs, dim=2)
 
 
 # What cuDNN does not take, such as some widths of a head, must not end a run: the others are there for that.
