@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtalk_cli import events, launch, log
-from flashtalk_cli.cli import restart
+from flashtalk_cli.cli import restart, title
 from flashtalk_cli.cli.display import Display
 from flashtalk_cli.cli.live_display import choose
 from flashtalk_cli.cli.machine import processes_of
@@ -66,6 +66,7 @@ class LiveRequest:
 def fulfil(request: LiveRequest, *, json: bool, debug: bool) -> int:
     """Check a request and stream until it ends; the exit code."""
     log.setup(debug=debug)
+    title.hide(request.targets, request.audio, request.token)
     with choose(json=json, video_on_stdout=request.to_stdout) as display, ExitStack() as stack:
         job = check(request, stack, display)
         display.stage("control", f"flashtalk ctl --socket {job.control} status")
