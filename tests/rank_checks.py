@@ -41,8 +41,8 @@ HEADS = (4, 6, 5)
 VIDEOS = ((3, 4, 6), (2, 6, 10), (1, 2, 2))  # latent frames, rows, columns
 PICTURES = ((5, 7), (7, 1))  # rows and columns of latents
 CANVASES = ((64, 80), (112, 64))  # pixels
-RENDERS = ((80, 64), (64, 112), (96, 80))  # width and height
-RENDERED_S, LONG_CHUNKS = 0.5, 10
+RENDERS = ((80, 64), (64, 112))  # width and height
+RENDERED_S, LONG_CHUNKS = 0.5, 6
 
 CHUNK, MOTION = 9, 5
 SIZES = {"text_dim": 8, "text_len": 4, "audio_layers": 2, "audio_dim": 6, "image_dim": 10}
@@ -208,6 +208,5 @@ def everything(ranks: Ranks, folder: Path) -> Found:
             made[split] = make_mesh(ranks, split)
         return made[split]
 
-    if ranks.device.type == "cpu":
-        rendered(ranks, folder)
+    rendered(ranks, folder)
     return parts(ranks.size, ranks.device, mesh_of, LONG_CHUNKS)

@@ -34,7 +34,8 @@ def timed_ms(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
 def compare(rank: int, options: SimpleNamespace) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", options.store, timedelta(seconds=60), 2, rank)
+    limit = timedelta(seconds=60)
+    dist.init_process_group("cpu:gloo,cuda:nccl", options.store, limit, 2, rank, device_id=device)
     ours = ring_of(Ranks(device, 2, rank), options.ulysses)
     theirs = xfuser_ring(ours, device, "sdpa")
     draw = torch.Generator(device).manual_seed(0)

@@ -10,7 +10,6 @@ Parts, in this order; figures are written after each, so that what comes later c
     graph      steps recorded as CUDA graphs, collectives included
     fp8        the same in eight bits: time only
     parity     float32: small networks over NCCL equal one GPU's, for all splits
-    engines    self-attention by xfuser's exchanges beside ours, where xfuser is installed
 
 Random weights, drawn alike on every GPU. Differences are relative root mean squares. Limits are those that
 follow from arithmetic; what has none yet is printed as measured. After SECONDS every rank says where it
@@ -20,7 +19,6 @@ stands and ends. On a CPU (`--standalone` torchrun, with SMALL=1) it shows that 
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import json
 import os
 import statistics
@@ -45,12 +43,11 @@ from flashtalk_cli.models.device import choose_device
 from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.vae import Vae
-from flashtalk_cli.parallel.mesh import Mesh, make_mesh, ring_of
+from flashtalk_cli.parallel.mesh import Mesh, make_mesh
 from flashtalk_cli.parallel.pulse import Verdict
 from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.split import split
-from flashtalk_cli.parallel.xfuser import xfuser_ring
 from flashtalk_cli.pipeline.session import Models, begin, prepare, step
 from flashtalk_cli.pipeline.streams import Graphs
 
@@ -58,7 +55,7 @@ SMALL = os.environ.get("SMALL") == "1"  # networks of a few kB, to try this prog
 RESULTS = ("velocity", "video", "motion")
 UNRELATED = 1.4  # of two results that have nothing to do with each other: the square root of 2
 FAR = 0.5  # a wrong token, halo or head is far more than this in velocity; rounding is far less
-EXACT = 1e-3  # of float32, largest difference to largest value: other algorithms for other sizes, ten chunks
+EXACT = 1e-3  # of float32, largest difference to largest value: other algorithms for other sizes
 Figures = dict[str, Any]
 
 
@@ -312,8 +309,7 @@ def fp8(check: Check) -> None:
     """Time in eight bits; from here on the weights are no others."""
     if check.ranks.device.type != "cuda" or SMALL:
         return
-    for block in check.dit.blocks:
-        block.arrange(True)
+    check.dit.arrange(True)
     torch.cuda.empty_cache()
     found = chunks(check, check.shared, 3)
     peaks = check.ranks.to_leader(found["peak_gib"])
@@ -350,35 +346,7 @@ def parity(check: Check) -> None:
         check.held(error < EXACT, f"float32 {kind}: {error:.1e} from one GPU's; allowed {EXACT:.0e}")
 
 
-@torch.no_grad()
-def engines(check: Check) -> None:
-    """One layer's self-attention by both."""
-    if importlib.util.find_spec("xfuser") is None or check.ranks.device.type != "cuda":
-        check.say("xfuser is not installed here: not compared")
-        return
-    p, device = check.dit.params, check.ranks.device
-    length = check.sampling.chunk_latents * (check.canvas.height_px // 16) * (check.canvas.width_px // 16)
-    ours = ring_of(check.ranks, check.ranks.size)
-    theirs = xfuser_ring(ours, device, "cudnn")
-    draw = torch.Generator(device).manual_seed(0)
-    shape = (3, 1, length, p.num_heads, p.head_dim)
-    whole = torch.randn(shape, generator=draw, device=device, dtype=torch.bfloat16)
-    q, k, v = (ours.shard(x, 1) for x in whole)
-    results, figures = [], {}
-    for name, ring in {"torch": ours, "xfuser": theirs}.items():
-
-        def run(ring: UlyssesRing = ring) -> Tensor:
-            return ring.attend(check.kernels[0], q, k, v, length)
-
-        results.append(run())
-        figures[f"{name}_ms"] = milliseconds(check, run)
-    figures["difference"] = apart(results[1], results[0])
-    check.figures["engines"] = figures
-    check.held(figures["difference"] < 0.02, f"xfuser differs by {figures['difference']:.1e}; allowed 2e-2")
-    check.measured(f"attention: torch {figures['torch_ms']:.3f} ms, xfuser {figures['xfuser_ms']:.3f} ms")
-
-
-PARTS = (alone, together, exchange, graph, fp8, parity, engines)
+PARTS = (alone, together, exchange, graph, fp8, parity)
 
 
 def end(verdict: Verdict) -> None:
