@@ -8,6 +8,7 @@ each need to add up a few numbers a frame, not to exchange pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,15 +24,22 @@ _XYZ_TO_RGB = torch.linalg.inv(_RGB_TO_XYZ)
 _CUBE_ROOT_FROM, _SLOPE, _OFFSET = 0.008856, 7.787, 16 / 116  # CIE's linear piece near black
 
 
+@lru_cache(maxsize=8)
+def _matrices(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RGB to XYZ and back, there already when they are used: a copy to a GPU would wait for all its work."""
+    with torch.inference_mode(False):
+        return _RGB_TO_XYZ.to(device, dtype), _XYZ_TO_RGB.to(device, dtype)
+
+
 def _mix(matrix: Tensor, x: Tensor) -> Tensor:
-    return torch.einsum("ij,bjthw->bithw", matrix.to(x), x)
+    return torch.einsum("ij,bjthw->bithw", matrix, x)
 
 
 def to_lab(video: Tensor) -> Tensor:
     """sRGB video [B, 3, T, H, W] in [-1, 1] -> L, a, b, same shape, float32."""
     rgb = (video.float() + 1) / 2
     linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = _mix(_RGB_TO_XYZ, linear)
+    xyz = _mix(_matrices(linear.device, linear.dtype)[0], linear)
     f = torch.where(xyz > _CUBE_ROOT_FROM, xyz.clamp(min=_CUBE_ROOT_FROM) ** (1 / 3), _SLOPE * xyz + _OFFSET)
     x, y, z = f.unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
@@ -42,7 +50,7 @@ def from_lab(lab: Tensor) -> Tensor:
     y = (lab[:, 0] + 16) / 116
     f = torch.stack([lab[:, 1] / 500 + y, y, (y - lab[:, 2] / 200).clamp(min=0)], 1)
     xyz = torch.where(f > _SLOPE * _CUBE_ROOT_FROM + _OFFSET, f**3, (f - _OFFSET) / _SLOPE)
-    linear = _mix(_XYZ_TO_RGB, xyz)
+    linear = _mix(_matrices(xyz.device, xyz.dtype)[1], xyz)
     rgb = torch.where(
         linear > 0.0031308, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear
     )

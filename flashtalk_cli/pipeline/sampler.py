@@ -16,9 +16,14 @@ Predict = Callable[[Tensor, float], Tensor]
 def draw_noise(shape: tuple[int, ...], generator: Generator, device: torch.device) -> Tensor:
     """Standard normal float32, drawn where the generator lives.
 
-    A session's generator lives on the CPU, so that a seed means the same on every machine.
+    A session's generator lives on the CPU, so that a seed means the same on every machine. For a GPU it draws into
+    pinned memory: an ordinary copy would wait for all that the GPU was asked for before.
     """
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device).to(device)
+    pin = device.type == "cuda" and generator.device.type == "cpu"
+    noise = torch.randn(
+        shape, generator=generator, dtype=torch.float32, device=generator.device, pin_memory=pin
+    )
+    return noise.to(device, non_blocking=pin)
 
 
 def hold_motion(x: Tensor, motion: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Kernels over rows of tokens: a program takes whole rows, so that a norm or a peak needs no second pass.
 
 All of them move bytes and hardly compute: the floor is the size of inputs and outputs over the memory's
-bandwidth. Vectors over channels (weights, gates) stay in registers for the ROWS rows of a program.
+bandwidth. Vectors over channels (weights, gates) are read for each row, which costs the caches little; kept in
+registers they would leave room for one program on a multiprocessor instead of two.
 """
 
 from __future__ import annotations
@@ -44,11 +45,6 @@ def _sum_norm(  # type: ignore[no-untyped-def]
     video = tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDE)
     inside = channel < DIM
-    if GATED:
-        g = tl.load(gate + video * gate_step + channel, inside, other=0.0).to(tl.float32)
-    if NORM:
-        w = tl.load(weight + video * weight_step + channel, inside, other=0.0).to(tl.float32)
-        b = tl.load(bias + video * weight_step + channel, inside, other=0.0).to(tl.float32)
     first = tl.program_id(0) * ROWS
     for row in range(first, tl.minimum(first + ROWS, n_rows)):
         at = (video * n_rows + row) * DIM + channel
@@ -56,12 +52,14 @@ def _sum_norm(  # type: ignore[no-untyped-def]
         if SUM:
             added = tl.load(y + at, inside, other=0.0).to(tl.float32)
             if GATED:
-                added = added * g
+                added = added * tl.load(gate + video * gate_step + channel, inside, other=0.0).to(tl.float32)
             rounded = (value + added).to(total.dtype.element_ty)
             tl.store(total + at, rounded, inside)
             value = rounded.to(tl.float32)
         if NORM:
             centred = tl.where(inside, value - tl.sum(value, 0) / DIM, 0.0)
+            w = tl.load(weight + video * weight_step + channel, inside, other=0.0).to(tl.float32)
+            b = tl.load(bias + video * weight_step + channel, inside, other=0.0).to(tl.float32)
             out = centred * tl.rsqrt(tl.sum(centred * centred, 0) / DIM + eps) * w + b
             if QUANTISE:
                 scale = tl.maximum(tl.max(tl.abs(out), 0), SMALLEST_PEAK) / LARGEST
@@ -88,21 +86,18 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
 ):
     """RMS norm over the full width, then pairs (2i, 2i + 1) turned by the row's angles. HALF: pairs, padded."""
     video = tl.program_id(1).to(tl.int64)
-    pair = tl.arange(0, HALF)
-    side = tl.arange(0, 2)
-    channel = 2 * pair[:, None] + side[None, :]
+    channel = tl.arange(0, 2 * HALF)
     inside = channel < DIM
     w = tl.load(weight + channel, inside, other=0.0).to(tl.float32)
-    turn = 2 * (pair % (HEAD // 2))[:, None] + side[None, :]
     first = tl.program_id(0) * ROWS
     for row in range(first, tl.minimum(first + ROWS, n_rows)):
         value = tl.load(x + video * video_step + row * row_step + channel, inside, other=0.0).to(tl.float32)
-        mean_square = tl.sum(tl.sum(value * value, 1), 0) / DIM
-        value = value * tl.rsqrt(mean_square + eps) * w
+        value = value * tl.rsqrt(tl.sum(value * value, 0) / DIM + eps) * w
         if ROTATE:
-            cos, sin = tl.split(tl.load(table + row * HEAD + turn, inside, other=0.0))
-            a, b = tl.split(value)
-            value = tl.join(a * cos - b * sin, a * sin + b * cos)
+            turn = tl.load(table + row * HEAD + channel % HEAD, inside, other=0.0)
+            cos, sin = tl.split(tl.reshape(turn, (HALF, 2)))
+            a, b = tl.split(tl.reshape(value, (HALF, 2)))
+            value = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (2 * HALF,))
         tl.store(out + (video * n_rows + row) * DIM + channel, value.to(out.dtype.element_ty), inside)
 
 
