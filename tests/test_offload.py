@@ -108,7 +108,8 @@ def test_copies_run_ahead_and_never_collide(n_blocks: int, ahead: int, stop: int
     expected = [block.weight.detach().clone() for block in blocks]
     lane = LateLane()
     offload = Offload(blocks, {}, lane, ahead)
-    for seen, block in enumerate(offload.each("forward")):
+    passes = offload.each("forward")
+    for seen, block in enumerate(passes):
         assert torch.equal(block.weight, expected[seen])
         others = [b.weight for b in blocks if b is not block]
         assert all(
@@ -118,9 +119,9 @@ def test_copies_run_ahead_and_never_collide(n_blocks: int, ahead: int, stop: int
         assert fetched == min(n_blocks, seen + 1 + ahead)
         if seen == stop:
             break
+    passes.close()
     lane.waiting.clear()  # a real slot may be fetched into again; here that would be taken for a fault
     lane.read.clear()
-    gc.collect()
     for seen, block in enumerate(offload.each("forward")):
         assert torch.equal(block.weight, expected[seen])
     assert all(torch.equal(block.weight, weight) for block, weight in zip(blocks, expected, strict=True))

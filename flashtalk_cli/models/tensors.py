@@ -361,7 +361,7 @@ def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str
     if tensor.stride() == built.stride():
         value = tensor.to(device=device, dtype=kept)
     else:
-        value = torch.empty_like(built, device=device, dtype=kept, requires_grad=False).copy_(tensor)
+        value = torch.empty_strided(built.shape, built.stride(), device=device, dtype=kept).copy_(tensor)
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if leaf in owner._parameters else value)
 
 

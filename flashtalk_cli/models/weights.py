@@ -272,7 +272,8 @@ def fill_random(
     for name, built in list(tensors_of(module)):
         mean, std = random_scale(name, tuple(built.shape))
         generator.manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-        value = torch.empty_like(built, device=device, dtype=dtype, requires_grad=False)
+        # `empty_like` of a tensor on the meta device would load a compiler first.
+        value = torch.empty_strided(built.shape, built.stride(), device=device, dtype=dtype)
         value = value.normal_(mean, std, generator=generator)
         put(module, name, value, home_of(name, device, on_host), dtype)
     settled(module)
