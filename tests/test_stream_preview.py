@@ -14,7 +14,7 @@ import pytest
 from browser import Browser, find_browser
 from live_outputs import FPS, claps, free_port, live
 from PIL import Image
-from test_stream_parts import STATUS
+from stream_parts import STATUS
 
 from flashtalk_cli.live.web import Web
 from flashtalk_cli.media.live.targets import parse_target

@@ -25,7 +25,7 @@ from flashtalk_cli.config import PcmFormat, SoundSource
 from flashtalk_cli.errors import FlashtalkError, InputError
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.masking import masked, shown_address
-from flashtalk_cli.live.reading import LongReading
+from flashtalk_cli.live.reading import LIST, LongReading, list_of_one, reads_lists
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
 from flashtalk_cli.media.ffmpeg import cause
 from flashtalk_cli.media.files import shown
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 BLOCK_S = 0.02  # what is read at once: sound must not wait for more of itself
 ROOM_S = 0.2  # what a source that can wait hands over at once, and how often it looks for room
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
+LOOKED_AT_S = 1.0  # of a live sound, to find out what it is
 STALLED_S = 15.0  # a connection without a byte for so long is taken for dead
 
 # The protocols that ffmpeg may use for an address, and no others: a playlist from outside reads no file here.
@@ -159,7 +160,8 @@ class FfmpegSource(Source):
         block_bytes = 4 * round(BLOCK_S * RATE_HZ)
         output = {"format": "f32le", "c:a": "pcm_f32le", "ar": RATE_HZ, "ac": 1, "map": "0:a:0"}
         rest = b""
-        with LongReading(ffmpeg_input(self._source).output("-", flush_packets=1, **output)) as reading:
+        stream = ffmpeg_input(self._source).output("-", flush_packets=1, **output)
+        with LongReading(stream, listed_input(self._source)) as reading:
             self._reading = reading
             while not self.closed.is_set() and (data := reading.read(block_bytes)):
                 data = rest + data
@@ -235,11 +237,26 @@ def ffmpeg_input(source: SoundSource) -> Any:
         return ffmpeg.input(f"file:{source.where}", protocol_whitelist="file,pipe", vn=None, **options)
     if source.kind == "microphone":
         return _microphone(source.where)
-    scheme = urlsplit(source.where).scheme
-    stalled = {"rw_timeout": round(STALLED_S * 1e6)} if "tcp" in PROTOCOLS[scheme].split(",") else {}
-    return ffmpeg.input(
-        source.where, protocol_whitelist=PROTOCOLS[scheme], fflags="nobuffer", vn=None, **stalled
-    )
+    protocols = PROTOCOLS[urlsplit(source.where).scheme]
+    if listed_input(source):
+        return ffmpeg.input(LIST, format="concat", safe=0, protocol_whitelist=f"pipe,{protocols}", vn=None)
+    return ffmpeg.input(source.where, protocol_whitelist=protocols, vn=None, **_url_options(source))
+
+
+def listed_input(source: SoundSource) -> bytes:
+    """What ffmpeg is to read as the list of a source; nothing where it gets the address itself."""
+    if source.kind != "url" or not source.where.isprintable() or not reads_lists():
+        return b""
+    return list_of_one(source.where, _url_options(source))
+
+
+def _url_options(source: SoundSource) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if "tcp" in PROTOCOLS[scheme := urlsplit(source.where).scheme].split(","):
+        options["rw_timeout"] = round(STALLED_S * 1e6)
+    if scheme not in WAITING_SCHEMES:  # what is live is to be heard soon: ffmpeg would look at five seconds
+        options |= {"fflags": "nobuffer", "analyzeduration": round(LOOKED_AT_S * 1e6)}
+    return options
 
 
 def _microphone(device: str) -> Any:
