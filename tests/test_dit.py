@@ -325,18 +325,21 @@ def test_blocks_in_eight_bits() -> None:
     quantised = {n for n, a in dit.state_dict().items() if a.dtype == torch.float8_e4m3fn}
     first = range(len(dit.blocks) - EXACT_BLOCKS)
     assert quantised == {f"blocks.{index}.{layer}.weight" for index in first for layer in EIGHT_BITS}
-    assert sum(a.nbytes for a in dit.blocks[0].state_dict().values()) < 0.85 * held
+    assert sum(a.nbytes for a in dit.blocks[0].state_dict().values()) < 0.9 * held
 
 
-@pytest.mark.parametrize("layer", ["self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"])
+@pytest.mark.parametrize(
+    "layers",
+    ["self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2", "self_attn.q self_attn.k self_attn.v"],
+)
 @torch.no_grad()
-def test_any_one_layer_in_eight_bits(layer: str) -> None:
+def test_any_one_layer_in_eight_bits(layers: str) -> None:
     """Contract: which layers are quantised is data: each of them alone gets its rows, the others their tensors."""
     dit = random_dit(replace(SMALL, dim=64, ffn_dim=128))
     given_ = Inputs.draw(dit.params)
     expected = given_.through(dit)
     for block in dit.blocks:
-        block.arrange([layer])
+        block.arrange(layers.split())
     assert 1e-5 < relative_error(given_.through(dit), expected) < 0.08
 
 

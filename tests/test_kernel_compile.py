@@ -17,12 +17,17 @@ from torch import Tensor
 from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import fp8, vae_blocks
 from flashtalk_cli.models import vae as vae_module
-from flashtalk_cli.models.dit import EIGHT_BITS, DiT, DitParams
+from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.vae import Vae, VaeParams
 from flashtalk_cli.parallel.sequence import UNDIVIDED
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 META, BF16 = torch.device("meta"), torch.bfloat16
+EVERY_LAYER = [
+    f"{part}.{name}"
+    for part, names in (("self_attn", "qkvo"), ("cross_attn", "qo"), ("ffn", "02"))
+    for name in names
+]
 LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
 pytestmark = [
     pytest.mark.slow,
@@ -83,7 +88,7 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
     p = dit.params
     context = dit.condition(meta(64, p.text_dim), meta(1, 257, p.image_dim))
     heard = dit.hear(meta(1, 33, p.audio_window, p.audio_layers, p.audio_dim))
-    for names in ((), (*EIGHT_BITS, "self_attn.o")):
+    for names in ((), EVERY_LAYER):
         dit.blocks[0].arrange(names)
         velocity = dit(
             meta(1, 16, LATENTS, H, W), meta(1), meta(1, 20, LATENTS, H, W), context, heard, UNDIVIDED

@@ -32,6 +32,8 @@ from flashtalk_cli.models import weights
 from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, choose_kernel, why_absent
 from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.folder import resolve
+from flashtalk_cli.models.fp8 import to_eight_bits
+from flashtalk_cli.models.layers import in_eight_bits, lay_together
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.sequence import UNDIVIDED
 from flashtalk_cli.pipeline.streams import Graphs
@@ -121,6 +123,13 @@ def main() -> int:
         timed(name)
         traced(name + ", trace")
 
+    def more_in_eight_bits(name: str) -> None:
+        for block in dit.blocks:
+            if not in_eight_bits(block.self_attn.q):
+                to_eight_bits(block, ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"])
+                lay_together([block.self_attn.q, block.self_attn.k, block.self_attn.v])
+        timed(name)
+
     others = [k for k in KERNEL_NAMES if k != dit.kernel.name and why_absent(k, DEVICE, BF16) is None]
     parts: list[tuple[str, Callable[[str], None]]] = [
         ("as it is, bf16", timed),
@@ -130,6 +139,7 @@ def main() -> int:
         ("q, k, v apart", without(apart=True)),
         ("without fused kernels", without(ops=True)),
         ("fp8", eight_bits),
+        ("fp8, self-attention too", more_in_eight_bits),
     ]
     for name, measure in parts:
         report.trying(name, lambda name=name, measure=measure: measure(name))  # type: ignore[misc]
