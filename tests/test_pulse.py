@@ -3,10 +3,17 @@ never while it loads, rests, or was stopped itself (golden and property); beats 
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -193,6 +200,53 @@ def test_the_loss_of_the_store_is_told() -> None:
     pulse.start(lambda verdict: (heard.append(verdict), over.set()))  # type: ignore[func-returns-value]
     assert over.wait(10)
     assert heard == [Verdict("rank 1 on h lost torchrun's store: Connection reset by peer", told=True)]
+
+
+def test_a_dead_rank_is_seen_at_once() -> None:
+    """Fault: its process is gone without a word, and no library tells; whoever started it says why."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    store, heard, over = Memory(), [], threading.Event()
+    here = Pulse(2, 0, store, Traffic(), host="h", log="l")
+    gone = Beat("h", "log-1", process=child.pid, space=pulse.process_space())
+    store.set("pulse-1", json.dumps(asdict(replace(gone, space="another machine"))))
+    here.start(lambda verdict: (heard.append(verdict), over.set()))  # type: ignore[func-returns-value]
+    assert not over.wait(3 * BEAT_S)
+    store.set("pulse-1", json.dumps(asdict(gone)))
+    assert over.wait(10)
+    assert heard == [Verdict(f"rank 1 on h, process {child.pid}, died; its log: log-1", told=True)]
+    assert pulse.is_alive(os.getpid())
+
+
+def test_exchanges_are_counted_as_the_gpu_comes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract, with a stand-in for CUDA: a process far ahead of a GPU that hangs hides nothing; graphs hold no events."""
+    events: list[SimpleNamespace] = []
+    recording = False
+
+    def event() -> SimpleNamespace:
+        made = SimpleNamespace(passed=False, record=lambda _: None)
+        made.query = lambda: made.passed
+        events.append(made)
+        return made
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: recording)
+    traffic = Traffic(torch.device("cuda", 1))
+    for _ in range(5):
+        with traffic:
+            pass
+    assert traffic.begun == 0
+    events[0].passed = events[1].passed = True
+    assert traffic.begun == 2
+    for made in events:
+        made.passed = True
+    assert traffic.begun == 5
+    recording = True
+    with traffic:
+        pass
+    assert (traffic.begun, len(events)) == (6, 5)
 
 
 def test_alone_nobody_watches() -> None:
