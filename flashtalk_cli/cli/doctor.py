@@ -6,25 +6,31 @@ from typing import Annotated
 
 import typer
 
-from flashtalk_cli.cli.options import Debug
+from flashtalk_cli.cli.options import REPORT, Debug, flag
 
 MARKS = {"good": ("ok", "green"), "note": ("--", "yellow"), "bad": ("no", "red")}
 
 
 def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    json: Annotated[bool, flag("--json", REPORT, "Print the findings as JSON.")] = False,
+    quick: Annotated[
+        bool, flag("--quick", REPORT, "Leave out the speed, which takes as long to measure as all the rest.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Check this machine: ffmpeg, torch, GPUs, attention kernels, disk, models, and which preset fits."""
+    """Check this machine: ffmpeg, torch, GPUs, attention kernels, disk, models, which preset fits, and speed."""
     from dataclasses import asdict
     from json import dumps
 
     from flashtalk_cli.cli.display import one_line
     from flashtalk_cli.cli.machine import examine, probe
+    from flashtalk_cli.cli.pace import pace, rehearse
     from flashtalk_cli.errors import FlashtalkError
 
     seen = probe()
     findings = examine(seen)
+    if "error" not in seen:
+        findings.append(pace(None if quick else rehearse()))
     if json:
         typer.echo(dumps({"findings": [asdict(finding) for finding in findings], "probe": seen}, indent=2))
     else:

@@ -58,7 +58,7 @@ def examine(seen: dict[str, Any]) -> list[Finding]:
     """All findings, given what `probe` saw."""
     return [
         *(*_program(), *_ffmpeg(), *_torch(seen), *_disk(), *_models()),
-        *(*_presets(seen), *_sharing(seen), *_speed(seen)),
+        *(*_presets(seen), *_sharing(seen)),
     ]
 
 
@@ -183,13 +183,6 @@ def _sharing(seen: dict[str, Any]) -> list[Finding]:
                 text, state = str(error), "note"
             findings.append(Finding("sharing", cast("State", state), f"{preset.name} --gpus {n}: {text}"))
     return findings
-
-
-def _speed(seen: dict[str, Any]) -> list[Finding]:
-    """Where the answer to "fast enough for live?" comes from: nothing here was timed."""
-    if "error" in seen:
-        return []
-    return [Finding("speed", "note", "not measured: flashtalk bench says whether this machine keeps up live")]
 
 
 def _fit(preset: Preset, seen: dict[str, Any]) -> tuple[str, bool]:
