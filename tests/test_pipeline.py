@@ -208,6 +208,7 @@ def test_any_share_of_motion_frames(tiny: dict, chunk: int, motion: int) -> None
 
 
 @pytest.mark.parametrize("motion_frames", [5, 9])
+@torch.no_grad()
 def test_a_primed_decoder_shows_the_same(
     tiny: dict, motion_frames: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
