@@ -200,6 +200,21 @@ def test_an_ffmpeg_that_cannot_send_is_told_in_one_line_before_anything_else(mon
     assert sending(parse_target("whip", "https://host/KEY"), 25, "").command[0] == "b"
 
 
+def test_an_ffmpeg_that_keeps_the_key_unseen_is_taken_before_one_that_shows_it(monkeypatch):
+    """Of those that can send; where there is no secret, or none keeps it, the usual one."""
+    monkeypatch.setattr(commands, "listed", lambda program, what: frozenset({"flv", "rtmp", "mpegts", "udp"}))
+    monkeypatch.setattr(commands, "find_ffmpeg", lambda: "usual")
+    monkeypatch.setattr(commands, "candidates", lambda: iter(["usual", "other"]))
+    monkeypatch.setattr(commands, "reads_presets", lambda program: program == "other")
+    with_key, without = parse_target("rtmp", "rtmp://h/app/KEY"), parse_target("udp", "udp://h:1")
+    assert sending(with_key, 25, "").command[0] == "other"
+    assert not sending(with_key, 25, "").exposed
+    assert sending(without, 25, "").command[0] == "usual"
+    monkeypatch.setattr(commands, "reads_presets", lambda program: False)
+    assert sending(with_key, 25, "").command[0] == "usual"
+    assert sending(with_key, 25, "").exposed
+
+
 @pytest.mark.parametrize("program", sorted(set(candidates())))
 def test_asking_whether_presets_are_followed_leaves_no_descriptor_open(program):
     reads_presets.cache_clear()

@@ -207,16 +207,21 @@ def _fits(secret: dict[str, str]) -> bool:
 
 
 def _program(target: Target) -> str:
-    """The first ffmpeg that can send there: the usual one if it can, another that is here if not."""
+    """An ffmpeg that can send there, the usual one if possible; before others one that keeps secrets unseen."""
     if target.kind == "file":
         return find_ffmpeg()
     muxer = MUXERS[target.kind]
     scheme = (
         urlsplit(target.url).scheme if target.is_network else "pipe" if target.kind == "stdout" else "file"
     )
-    for program in dict.fromkeys((find_ffmpeg(), *candidates())):
-        if muxer in listed(program, "-muxers") and scheme in listed(program, "-protocols"):
-            return program
+    able = [
+        program
+        for program in dict.fromkeys((find_ffmpeg(), *candidates()))
+        if muxer in listed(program, "-muxers") and scheme in listed(program, "-protocols")
+    ]
+    if able:
+        discreet = filter(reads_presets, able if target.secrets else ())
+        return next(discreet, able[0])
     mend = (
         "pip install -U imageio-ffmpeg brings one that can"
         if target.kind == "whip"
