@@ -272,8 +272,8 @@ def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: py
     expected, after = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
     monkeypatch.setattr(session, "_latents_at_once", lambda tile: 3)
     video, state = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
-    torch.testing.assert_close(video, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state.motion, after.motion, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)  # an eighth of a level
+    torch.testing.assert_close(state.motion, after.motion, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
