@@ -158,6 +158,7 @@ class Live(Frozen):
     lookahead_s: float = Field(0.2, ge=0, le=4)  # sound waited for beyond a chunk; a file's is there anyway
     backlog_s: float = Field(30.0, ge=5, le=600)  # sound kept that is not yet spoken
     late: Literal["repeat", "drop", "fail"] = "repeat"
+    away: Literal["go-on", "pause"] = "go-on"  # what the person does while no server takes the stream
 
 
 class Preset(Frozen):

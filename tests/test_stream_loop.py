@@ -187,6 +187,26 @@ def test_an_interruption_is_silent_at_once_and_closes_the_mouth_within_a_chunk(c
     assert world.sound[again * PER_FRAME :].any(), "and what is said next is heard"
 
 
+@pytest.mark.parametrize("late", ["repeat", "drop", "fail"])
+def test_the_person_pauses_while_nobody_takes_the_stream(late) -> None:
+    """Asked to: no chunk is made meanwhile, it counts as no lateness, and every word is said afterwards."""
+    world = World(paced=False, rules=rules(late=late))
+    voice = with_clicks(murmur(20), 1.1)
+    world.arrive(0.0, voice)
+    world.end_at(0.1)
+    away_s = (world.began_s + 8.0, world.began_s + 15.0)
+    world.loop.is_away = lambda: away_s[0] <= world.clock.now_s() < away_s[1]
+    world.run()
+    np.testing.assert_array_equal(spoken(world), voice)
+    assert world.mismatches == 0
+    sent_s = np.array(world.sent_s)
+    loud = np.abs(world.sound).reshape(-1, PER_FRAME).max(axis=1) > 0
+    assert not loud[(sent_s > 8 + 2 * CHUNK_S) & (sent_s < 15)].any()
+    assert world.delivery.held_frames == pytest.approx((7 - CHUNK_S) * FPS, abs=CHUNK_S * FPS)
+    assert world.delivery.repeated_frames < FPS
+    assert sent_s[-1] == pytest.approx(20 + 7, abs=CHUNK_S + 1)
+
+
 def test_mute_consumes_sound_in_silence() -> None:
     world = World()
     world.clock.at(world.began_s + 10.0, lambda: world.loop.mute(True))

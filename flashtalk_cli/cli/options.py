@@ -19,6 +19,7 @@ KEYS = {  # what an option changes in the preset
     "prompt": "sampling.prompt",
     "seed": "sampling.seed",
     "late": "live.late",
+    "away": "live.away",
     "latency_target": "live.latency_target_s",
     "model": "model.name",
     "steps": "sampling.steps",

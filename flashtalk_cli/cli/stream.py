@@ -118,6 +118,15 @@ def stream(
             "leave out sound at once; end when it lasts.",
         ),
     ] = None,
+    away: Annotated[
+        str | None,
+        option(
+            "--away",
+            SPEED,
+            "go-on|pause",
+            "While no server takes the stream: go on speaking, or hold the last frame until one does.",
+        ),
+    ] = None,
     latency_target: Annotated[
         float | None,
         option("--latency-target", SPEED, "SECONDS", "The delay to come back to after falling behind."),
@@ -156,6 +165,7 @@ def stream(
             prompt=prompt,
             seed=seed,
             late=late,
+            away=away,
             latency_target=latency_target,
             model=model,
             steps=steps,

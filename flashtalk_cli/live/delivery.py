@@ -52,6 +52,8 @@ class Delivery:
         self.latency = Latency()
         self.sent_frames = 0  # these count for ever
         self.repeated_frames = 0
+        self.held = False  # set while nothing is to be made: until the next frame comes none is late
+        self.held_frames = 0  # repeated meanwhile; these count for ever too
         self.first_sent_s: float | None = None
         self._sink = sink
         self._clock = clock
@@ -79,6 +81,7 @@ class Delivery:
         if self._failure is not None:
             raise self._failure
         with self._changed:
+            self.held = False
             self._queue.append(batch)
             self._queued_frames += len(batch.frames)
             self._stir()
@@ -148,7 +151,8 @@ class Delivery:
             now_s = self._clock.now_s()
             with self._changed:
                 ending = self._ending or self._stop.is_set()
-                decision, self._air = decide(self.rules, self._air, self._queued_frames, ending, now_s)
+                rules = replace(self.rules, late="repeat") if self.held else self.rules
+                decision, self._air = decide(rules, self._air, self._queued_frames, ending, now_s)
                 due = self._pop(decision.frames) if isinstance(decision, Send) else []
             match decision:
                 case Wait(until_s):
@@ -174,7 +178,10 @@ class Delivery:
         assert self._last is not None
         self._sink(self._last, np.zeros(self._frame_samples, np.float32))
         self.sent_frames += 1
-        self.repeated_frames += 1
+        if self.held:
+            self.held_frames += 1
+        else:
+            self.repeated_frames += 1
 
     def _pop(self, n: int) -> list[Batch]:
         found = []

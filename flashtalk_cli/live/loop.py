@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -61,6 +61,7 @@ class Loop:
         delivery: Delivery,
         stop: threading.Event,
         clock: Clock,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rules = rules
         self.manners = manners
@@ -69,6 +70,7 @@ class Loop:
         self.delivery = delivery
         self.stop = stop
         self.clock = clock
+        self.is_away = is_away  # whether nobody takes the stream, and the person is to pause
         self.chunks = 0  # counts for ever
         self.skipped_s = 0.0
         self.speaking = False  # whether the last chunk had sound
@@ -118,6 +120,10 @@ class Loop:
         """Wait until a chunk is to begin: what is known then; None when no more is to be made."""
         while not self.stop.is_set() and self.delivery.failure is None:
             self._take_back()
+            if self.delivery.on_air and self.is_away():
+                self.delivery.held = True
+                self.clock.wait_for(self.timeline.changed, lambda: False, LOOK_UP_S)
+                continue
             outlook = self._outlook()
             if outlook.ended and not outlook.unspoken_s and not self.manners.keep_alive:
                 return None

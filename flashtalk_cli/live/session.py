@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # it dispatches to this module
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
+SERVERS = ("rtmp", "srt", "whip")  # outputs that know whether somebody takes what is sent
 BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
 STOP_S, END_S = 1.5, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
 
@@ -108,7 +110,8 @@ def lead(
         source = open_source(job, timeline, clock, warn)
         manners = Manners(source.paced, source.may_wait_s, job.keep_alive, source.knows_future)
         delivery = Delivery(rules, _sink(encoder, stop), clock, RATE_HZ, stop)
-        loop = Loop(rules, manners, timeline, performer, delivery, stop, clock)
+        is_away = partial(_is_away, encoder) if job.preset.live.away == "pause" else lambda: False
+        loop = Loop(rules, manners, timeline, performer, delivery, stop, clock, is_away)
 
         def status() -> dict[str, Any]:
             return status_of(loop, source.state, encoder.statistics(), job.restarts)
@@ -195,6 +198,15 @@ def _encoder(
         overwrite=job.overwrite,
         stdout=stdout,
         resumed=job.restarts > 0,
+    )
+
+
+def _is_away(encoder: LiveEncoder) -> bool:
+    """Whether there are servers to send to, and every one was found to be away."""
+    servers = [sink for sink in encoder.statistics() if sink.kind in SERVERS]
+    return bool(servers) and all(
+        sink.state in ("waiting", "failed") or (sink.state == "connecting" and sink.reconnects > 0)
+        for sink in servers
     )
 
 

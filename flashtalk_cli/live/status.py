@@ -1,6 +1,7 @@
 """What a live stream says of itself: one value for the display, `flashtalk ctl status`, and Prometheus.
 
-state            starting (nothing was sent yet), speaking, idle (silence), muted, ending
+state            starting (nothing was sent yet), speaking, idle (silence), muted, held (no server takes the
+                 stream, and the person waits), ending
 media_s, frames  what was sent, repeated frames included
 chunks           what was made
 realtime         seconds of video made in a second of work, lately; below 1 the machine is too slow
@@ -83,6 +84,8 @@ def _state(loop: Loop) -> str:
         return "ending"
     if not loop.delivery.on_air:
         return "starting"
+    if loop.delivery.held:
+        return "held"
     if loop.timeline.muted:
         return "muted"
     return "speaking" if loop.speaking else "idle"
