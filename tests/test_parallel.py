@@ -47,6 +47,9 @@ from flashtalk_cli.torchrun import cause, death
 ROOT = Path(__file__).resolve().parent.parent
 SPAWN_S = 120
 TOLERANCE = 1e-5
+COLOURED = (
+    3.0  # frames whose colours were matched: contrast is stretched, and rounding with it (5e-6 to 1.4e-5)
+)
 DRIFT = 3e-6  # of the latents after the last chunk, relative; measured 4e-7 to 5e-7 after each of ten, not growing
 
 Results = Callable[..., list[dict[str, Tensor]]]
@@ -128,7 +131,8 @@ def same(ranks: list[dict[str, Tensor]], alone: dict[str, Tensor], part: str, to
                 assert (x.int() - one.int()).abs().max() <= 1, name  # a rounding may fall the other way
                 assert (x != one).float().mean() < 1e-3, name
             else:
-                assert relative(x, one) < tolerance, name
+                limit = COLOURED if name.endswith("video") else 1.0
+                assert relative(x, one) < limit * tolerance, name
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -191,7 +195,7 @@ def test_any_count_of_ranks_makes_what_one_makes(size: int, results: Results) ->
         return rank_checks.parts(size, device, lambda split: meshes(split)[rank], rank_checks.LONG_CHUNKS)
 
     # Each chunk takes over the rounding of all before: 1.2e-5 was seen with seven ranks after ten.
-    same(on_ranks(size, work), results(1)[0], "", 3 * TOLERANCE)
+    same(on_ranks(size, work), results(1)[0], "", TOLERANCE)
 
 
 # Whole renders
