@@ -108,6 +108,36 @@ def test_the_encoder_is_started_again_and_nothing_is_lost(tmp_path, number):
     check_claps(tmp_path / "hls" / "index.m3u8", n_claps)
 
 
+def test_a_recording_whose_writer_is_killed_goes_on_in_another_file(tmp_path):
+    """Both play, from the second's first frame on in step; what lies between is counted; nobody else is concerned."""
+    told: list[str] = []
+    output = tmp_path / "kept.mp4"
+    targets = [parse_target("file", str(output)), parse_target("hls", str(tmp_path / "hls"))]
+    with live(targets, told) as encoder:
+        send_claps(encoder, 0, 125)
+        wait_for(
+            lambda: of_kind(encoder, "file").frames_sent > 100 and part_path(output).stat().st_size > 2000
+        )
+        killed = encoder.sink_pids[0]
+        os.kill(killed, signal.SIGKILL)
+        send_claps(encoder, 125, 5)
+        wait_for(lambda: encoder.sink_pids[0] not in (killed, None) or told)
+        send_claps(encoder, 130, 170)
+        assert encoder.end(10), encoder.statistics()
+        found = of_kind(encoder, "file")
+    assert len(told) == 1
+    assert "SIGKILL" in told[0]
+    assert "kept-2.mp4" in told[0]
+    first, second = n_frames(tmp_path / "kept.mp4"), n_frames(tmp_path / "kept-2.mp4")
+    assert first >= 50, "all but what lay in pipes and in the last fragment"
+    assert second >= 300 - 130 - 2 * FPS, "from the next key frame on"
+    assert found.frames_sent + found.frames_dropped == 300
+    assert times(tmp_path / "kept-2.mp4", "v")[0] == 0
+    check_claps(tmp_path / "kept-2.mp4", second // 25 + (second % 25 > 10))
+    assert n_frames(tmp_path / "hls" / "index.m3u8") == 300
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.mp4", "kept-2.mp4", "hls"}
+
+
 def test_an_encoder_that_never_works_is_an_error(tmp_path, monkeypatch):
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\necho 'no such luck' >&2\nexit 3\n")

@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 from flashtalk_cli import events
@@ -26,6 +25,7 @@ from flashtalk_cli.errors import (
 )
 from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.backoff import Backoff
+from flashtalk_cli.media.live.recording import next_name
 from flashtalk_cli.media.part_file import PartFile, part_path
 
 MOST_IN_A_ROW = 5
@@ -102,9 +102,7 @@ def resumed(job: StreamJob, last: events.Event) -> StreamJob:
     if source.kind == "file" and not source.loop and last:
         spoken_s = last["position_s"] - max(0.0, last["ahead_s"])
         source = source.model_copy(update={"start_s": source.start_s + max(0.0, spoken_s)})
-    targets = tuple(
-        (kind, str(_next(Path(place))) if kind == "file" else place) for kind, place in job.targets
-    )
+    targets = tuple((kind, _next(place) if kind == "file" else place) for kind, place in job.targets)
     return job.model_copy(update={"source": source, "targets": targets, "restarts": job.restarts + 1})
 
 
@@ -128,12 +126,8 @@ def _publish(job: StreamJob) -> list[Path]:
     return found
 
 
-def _next(recording: Path) -> Path:
-    """The name of the recording that follows: talk.mp4, talk-2.mp4, talk-3.mp4."""
-    if not recording.exists() and not part_path(recording).exists():
-        return recording  # nothing was recorded under that name
-    stem, _, number = recording.stem.rpartition("-")
-    if not (stem and number.isdecimal() and recording.with_stem(stem).exists()):
-        stem = recording.stem
-    names = (recording.with_stem(f"{stem}-{n}") for n in count(2))
-    return next(path for path in names if not path.exists() and not part_path(path).exists())
+def _next(place: str) -> str:
+    """Where a recording goes on: under its own name when nothing was recorded under that."""
+    recording = Path(place)
+    taken = recording.exists() or part_path(recording).exists()
+    return str(next_name(recording)) if taken else place

@@ -13,17 +13,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.backoff import Backoff
 from flashtalk_cli.media.live.commands import Coding, Sending, after_restart, live_codec, sending
 from flashtalk_cli.media.live.encoder_process import Backlog, EncoderProcess
-from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder
+from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder, next_name
 from flashtalk_cli.media.live.statistics import SinkStatistics
 from flashtalk_cli.media.live.supervise import Sink, SinkLimits
 from flashtalk_cli.media.live.targets import Target
@@ -226,7 +227,16 @@ class LiveEncoder:
         limits = SinkLimits(self._policy.queue_s, self._policy.stall_s, self._policy.retry_s)
         if target.kind == "stdout":
             return Sink(target, how, limits, self._tell, stdout=stdout)
-        return Sink(target, how, limits, self._tell, recording=recording)
+
+        def follow(before: Target) -> tuple[Target, Sending, Recording]:
+            assert before.path is not None
+            path = next_name(before.path)
+            after = replace(before, path=path, shown=shown(path))
+            return after, _sending(after, self._fps, comment), Recording(path, overwrite=False)
+
+        return Sink(
+            target, how, limits, self._tell, recording=recording, follow=follow if recording else None
+        )
 
     def _check(self) -> None:
         if self._stopping.is_set():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 
 from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.commands import PLAYLIST
-from flashtalk_cli.media.part_file import PartFile, check_writable
+from flashtalk_cli.media.part_file import PartFile, check_writable, part_path
 
 OURS = re.compile(rf"segment-\d{{6,}}\.ts(\.tmp)?|{re.escape(PLAYLIST)}(\.tmp)?")
 
@@ -42,6 +43,15 @@ class Recording:
             return None
         self._part.release()
         return self._part.path
+
+
+def next_name(recording: Path) -> Path:
+    """The free name of the recording that follows one that was cut off: talk.mp4, talk-2.mp4, talk-3.mp4."""
+    stem, _, number = recording.stem.rpartition("-")
+    if not (stem and number.isdecimal() and recording.with_stem(stem).exists()):
+        stem = recording.stem
+    names = (recording.with_stem(f"{stem}-{n}") for n in count(2))
+    return next(path for path in names if not path.exists() and not part_path(path).exists())
 
 
 def check_folder(folder: Path) -> None:

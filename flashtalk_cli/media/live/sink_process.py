@@ -25,6 +25,7 @@ PROGRESS = re.compile(
 KEPT_LINES = 20
 TICK_MS = 100
 DYING_S = 5.0
+KILLED = tuple(-number for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT))
 PIPE_BYTES = 16 << 10  # little, so that a stall shows soon
 HELD_BACK_S = 1.0  # of media that a healthy ffmpeg may hold, to order sound and pictures
 
@@ -68,6 +69,10 @@ class SinkProcess:
     def runs(self) -> bool:
         """Whether ffmpeg has not ended."""
         return self._process.poll() is None
+
+    def was_killed(self) -> bool:
+        """Whether a signal from outside ended it, or a crash, and nothing that it met while writing."""
+        return self._process.poll() in KILLED
 
     def stalled_s(self) -> float:
         """For how long it has taken nothing although there is something to take; else 0."""

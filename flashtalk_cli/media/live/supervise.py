@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.1
 Tell = Callable[[str], None]
+Follow = Callable[[Target], tuple[Target, Sending, Recording]]
+"""Opens the recording that follows one that was cut off."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Sink:
         tell: Tell,
         *,
         recording: Recording | None = None,
+        follow: Follow | None = None,
         stdout: int = subprocess.DEVNULL,
         rng: random.Random | None = None,
     ) -> None:
@@ -62,6 +65,8 @@ class Sink:
         self._limits = limits
         self._tell = tell
         self._recording = recording
+        self._follow = follow
+        self._follows = False  # whether the recording is not the first
         self._stdout = stdout
         # Who reads standard output may pause for as long as he likes: he skips what he missed.
         self._patience_s = float("inf") if target.kind == "stdout" else limits.stall_s
@@ -180,6 +185,8 @@ class Sink:
             elif process.stalled_s() >= self._patience_s:
                 process.kill()
                 self._note_outage(f"took nothing for {self._patience_s:.0f} s")
+            elif process.was_killed() and self._follow is not None:
+                self._go_on(self._follow, process.cause())
             else:
                 self._note_outage(process.cause())
         finally:
@@ -223,10 +230,23 @@ class Sink:
 
     def _origin_us(self, first: Unit) -> int:
         """Where a process's times begin: a recording's at the stream's start, others' where they join."""
-        return 0 if self._recording else first.time_us
+        return 0 if self._recording and not self._follows else first.time_us
 
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
+
+    def _go_on(self, follow: Follow, why: str) -> None:
+        """A recording whose writer was killed gets its name, and plays; from the next key frame on another goes on."""
+        assert self._recording is not None
+        before = self.target.shown
+        if self._recording.is_empty:
+            self._recording.leave()
+        else:
+            self._recording.publish()
+        self.target, self._sending, self._recording = follow(self.target)
+        self._follows = True
+        self._last_error = why
+        self._tell(f"{before}: {why}; what was written plays, and it goes on in {self.target.shown}")
 
     def _note_outage(self, why: str) -> None:
         """Tell once; a sink that cannot come back has failed."""
