@@ -188,7 +188,7 @@ def _candidates(work: Work) -> list[Candidate]:
 def _frozen(work: Work, run: Path) -> Callable[[], DiT]:
     """A function that loads a run's weights."""
     path, device = weights_of(run), work.ranks.device
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = "bfloat16" if choose_dtype(work.job.base.precision.dit, device) == torch.bfloat16 else "float32"
     settings = work.job.preset.network.model_copy(update={"compile": False, "dtype": dtype})
 
     def load() -> DiT:
