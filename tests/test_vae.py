@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashtalk_cli.models.vae import Vae, VaeParams
-from flashtalk_cli.models.vae_blocks import Conv, conv_causal, stacked_kernel
+from flashtalk_cli.models.vae_blocks import Conv, RmsNorm, conv_causal, stacked_kernel
 from flashtalk_cli.parallel.spatial import Tiles
 
 SMALL = VaeParams(dim=8, dim_mult=(1, 2, 2, 3), num_res_blocks=1)
@@ -299,6 +299,24 @@ def test_bfloat16_is_near() -> None:
             ours, theirs = run(x)[0], exact(x)[0]
             assert ours.dtype == torch.float32
             assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_without_gradients_is_that_with_them(dtype: torch.dtype, silu: bool) -> None:
+    """Parity: written into a place of its own, which is what comes out; the input stays, zeros stay zeros."""
+    norm = RmsNorm(6).to(dtype)
+    torch.nn.init.normal_(norm.gamma)
+    x = (torch.randn(2, 3, 4, 5, 6) * 4).to(dtype)
+    x[0, 1, 2, 3] = 0
+    before, room = x.clone(), torch.full((2, 5, 4, 5, 6), 7, dtype=dtype)
+    with torch.no_grad():
+        ours = norm.into(room[:, 2:], x, silu)
+        torch.testing.assert_close(ours, norm(x, silu))
+    assert torch.equal(ours, room[:, 2:])
+    assert (room[:, :2] == 7).all()
+    assert torch.equal(x, before)
+    torch.testing.assert_close(ours, norm(x, silu).detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -122,22 +122,32 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[..., W, C] to the same; SiLU on top where asked. Computed in float32 at least."""
-        width, channels = x.shape[-2:]
+        channels = x.shape[-1]
         gamma = self.gamma.flatten()
         if x.is_cuda and HAS_TRITON:
             from flashtalk_cli.models.vae_triton import NormSilu
 
             return NormSilu.apply(x, gamma, silu)
-        if x.device.type != "cpu":
-            y = F.rms_norm(x, (channels,), gamma, eps=_NORM_FLOOR**2)
-            return F.silu(y) if silu else y
-        # On a CPU a fused norm is the slower one, and a loop over few channels fills no vector register:
-        # gamma is applied a whole row of pixels at a time.
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            return self.into(torch.empty_like(x), x, silu)
+        y = F.rms_norm(x, (channels,), gamma, eps=_NORM_FLOOR**2)
+        return F.silu(y) if silu else y
+
+    def into(self, out: Tensor, x: Tensor, silu: bool = False) -> Tensor:
+        """The same, written to `out` of x's shape and dtype, which it returns; without gradients.
+
+        For a CPU: a fused norm is the slower one there, and a loop over few channels fills no vector
+        register, so gamma is applied a whole row of pixels at a time.
+        """
+        width, channels = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).clamp_min(_NORM_FLOOR)
-        y = x.to(wide, copy=True).mul_(math.sqrt(channels) / norm)
-        y = y.flatten(-2).mul_(gamma.to(wide).expand(width, -1).flatten()).view_as(x)
-        return (F.silu(y, inplace=True) if silu else y).to(x.dtype)
+        y = out.copy_(x) if x.dtype == wide else x.to(wide)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(_NORM_FLOOR)
+        y.mul_(norm.reciprocal_().mul_(math.sqrt(channels)))
+        y.flatten(-2).mul_(self.gamma.to(wide).flatten().expand(width, -1).flatten())
+        if silu:
+            F.silu(y, inplace=True)
+        return out if y is out else out.copy_(y)
 
 
 _NORM_FLOOR = 1e-12  # a pixel of zeros stays zero
@@ -191,7 +201,11 @@ class CausalConv(Conv):
         """[B, T, H, W, I] to [B, T, H, W, O]."""
         x, missing = tiles.halo(x, 1, 1)
         frames, past = with_past(x, past)
-        return conv_causal(frames, self.weight, self.bias, padding=missing[0]), past
+        return self.convolve(frames, missing[0]), past
+
+    def convolve(self, frames: Tensor, padding: int) -> Tensor:
+        """Frames behind their past [B, 2 + T, H, W, I] to [B, T, H, W, O]."""
+        return conv_causal(frames, self.weight, self.bias, padding)
 
     def after(
         self, norm: nn.Module, x: Tensor, owed: Tensor | None, past: Past, tiles: Tiles
@@ -201,13 +215,13 @@ class CausalConv(Conv):
         Where kernels are fused a bias costs nothing in the next pass, and a pass of its own here; so it is
         handed on. A tile with a border of other tiles owes none: zeros around a picture take no bias.
         """
+        x, missing = tiles.halo(x, 1, 1)
         if not fused(x):
             assert owed is None
-            y, past = self(norm(x, silu=True), past, tiles)
-            return y, past, None
+            frames, past = norm_behind(cast("RmsNorm", norm), x, past)
+            return self.convolve(frames, missing[0]), past, None
         from flashtalk_cli.models.kernels.frames import norm_stack
 
-        x, missing = tiles.halo(x, 1, 1)
         assert owed is None or missing == (1, 1)
         stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past)
         bias = self.bias if missing == (0, 0) else None
@@ -223,21 +237,17 @@ class PixelConv(CausalConv):
     fast on a CPU, though 16 taps for four pixels hold some zeros.
     """
 
-    def forward(self, x: Tensor, past: Past, tiles: Tiles) -> tuple[Tensor, Past]:
-        """[B, T, H, W, I] to [B, T, H, W, O]; H and W are even."""
-        x, missing = tiles.halo(x, 1, 1)
-        frames, past = with_past(x, past)
-        y = conv_causal(frames, *self._of_four_pixels(), padding=missing[0], stride=2)
-        return rearrange(y, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2), past
+    def convolve(self, frames: Tensor, padding: int) -> Tensor:
+        """Frames behind their past [B, 2 + T, H, W, I] to [B, T, H, W, O]; H and W are even."""
+        y = conv_causal(frames, *self._of_four_pixels(), padding, stride=2)
+        return rearrange(y, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2)
 
     def after(
         self, norm: nn.Module, x: Tensor, owed: Tensor | None, past: Past, tiles: Tiles
     ) -> tuple[Tensor, Past, Tensor | None]:
         """See `CausalConv`; few channels come out, so the bias is not worth handing on."""
         if not fused(x):
-            assert owed is None
-            y, past = self(norm(x, silu=True), past, tiles)
-            return y, past, None
+            return super().after(norm, x, owed, past, tiles)
         from flashtalk_cli.models.kernels.frames import norm_stack
 
         x, missing = tiles.halo(x, 1, 1)
@@ -313,6 +323,17 @@ def with_past(x: Tensor, past: Past) -> tuple[Tensor, Tensor]:
     if past is None:
         past = torch.zeros_like(x[:, :1]).expand(-1, 2, -1, -1, -1)
     frames = torch.cat([past, x], dim=1)
+    return frames, frames[:, -2:].clone()
+
+
+def norm_behind(norm: RmsNorm, x: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    """`with_past` of SiLU(norm(x)); on a CPU without gradients the norm is written where it is to lie."""
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return with_past(norm(x, silu=True), past)
+    batch, length, *pixel = x.shape
+    frames = x.new_empty(batch, 2 + length, *pixel)
+    frames[:, :2] = 0 if past is None else past
+    norm.into(frames[:, 2:], x, silu=True)
     return frames, frames[:, -2:].clone()
 
 
