@@ -319,11 +319,12 @@ def test_a_norm_without_gradients_is_that_with_them(dtype: torch.dtype, silu: bo
     torch.testing.assert_close(ours, norm(x, silu).detach())
 
 
+@pytest.mark.parametrize("width", [9, 10])  # in bfloat16 an even one is computed two pixels at once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_causal_convolution_is_a_3d_one(dtype: torch.dtype) -> None:
+def test_a_causal_convolution_is_a_3d_one(dtype: torch.dtype, width: int) -> None:
     """Parity: each way of computing it equals conv3d on zero-padded frames."""
     conv = Conv(5, 7, (3, 3, 3)).to(dtype)
-    frames = torch.randn(2, 6, 8, 9, 5, dtype=dtype)
+    frames = torch.randn(2, 6, 8, width, 5, dtype=dtype)
     with torch.no_grad():
         y = conv_causal(frames, conv.weight, conv.bias, padding=1)
         expected = F.conv3d(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flashtalk_cli.parallel.spatial import Tiles
 
+REGISTER_CHANNELS = 16  # float32 sums that a register of AVX-512 holds
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 Past: TypeAlias = Any  # None, a tensor, or a tuple of pasts; only the layer that made it looks inside
@@ -365,10 +366,17 @@ def conv_causal(frames: Tensor, weight: Tensor, bias: Tensor, padding: int, stri
 
     That is one channels-last 2-D convolution over three stacked frames: against a 3-D one in float32 on a
     CPU ten times as fast for few channels, and on an H200 17 % faster for 96. Only in bfloat16 on a CPU is
-    the 3-D one as fast, and it needs no stacking.
+    the 3-D one as fast, and it needs no stacking; but it computes 16 channels in the time of 8. So 8
+    are computed for two neighbours in a row at once: a third more multiplications in three quarters of
+    the time, and twice 8 channels of half the pixels lie in memory as the pixels do.
     """
     if frames.device.type == "cpu" and frames.dtype == torch.bfloat16:
         x = rearrange(frames, "b t h w c -> b c t h w")
-        y = F.conv3d(x, weight, bias, stride=(1, stride, stride), padding=(0, padding, padding))
-        return rearrange(y, "b c t h w -> b t h w c")
+        pairs = 2 * len(bias) <= REGISTER_CHANNELS and stride == 1 and frames.shape[3] % 2 == 0
+        if pairs:
+            weight, bias = torch.cat([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))]), bias.repeat(2)
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+        strides = (1, stride, 2 if pairs else stride)
+        y = F.conv3d(x, weight, bias, strides, padding=(0, padding, padding))
+        return rearrange(y, "b (n c) t h w -> b t h (w n) c", n=1 + pairs)
     return conv_frames(stack_frames(frames), stacked_kernel(weight), bias, padding, stride)
