@@ -56,8 +56,8 @@ def portrait_spec(name: str) -> PersonSpec:
     spec = draw_person(seed)
     turn = tuple(float(np.clip(angle, -0.12, 0.12)) for angle in spec.turn)
     framed = {
-        "face_height": 0.50,
-        "place": (0.5, 0.43),
+        "face_height": 0.62,
+        "place": (0.5, 0.48),
         "turn": turn,
         "body_turn": spec.body_turn / 2,
         "softness": 0.0,
