@@ -15,10 +15,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import cli_parts
 import numpy as np
 import pytest
 import soundfile
-import test_cli
 from PIL import Image
 
 from flashtalk_cli import launch
@@ -87,9 +87,9 @@ def workplace(tmp_path_factory) -> Path:
         "old.mp4": b"somebody's video",
     }.items():
         (folder / name).write_bytes(content)
-    test_cli.model_folder(folder / "model")
+    cli_parts.model_folder(folder / "model")
     for broken in ("no dit", "no tokenizer", "no speech"):
-        test_cli.model_folder(folder / broken)
+        cli_parts.model_folder(folder / broken)
     (folder / "no dit" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "no tokenizer" / "google/umt5-xxl/spiece.model").unlink()
     (folder / "no tokenizer" / "google/umt5-xxl").rmdir()
@@ -315,7 +315,7 @@ def test_weights_that_lack_a_tensor(workplace, tiny, at_work, capsys):
     tensors.pop("head.head.weight")
     safetensors.torch.save_file(tensors, path)
     assert run(command(workplace, model)) == 5
-    line = test_cli.error_line(capsys)
+    line = cli_parts.error_line(capsys)
     assert "head.head.weight" in line
     assert list(at_work.iterdir()) == [model]
 
@@ -326,14 +326,14 @@ def test_weights_that_are_cut_short(workplace, tiny, at_work, capsys):
     path = model / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     assert run(command(workplace, model)) == 5
-    assert path.name in test_cli.error_line(capsys)
+    assert path.name in cli_parts.error_line(capsys)
     assert list(at_work.iterdir()) == [model]
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(workplace, tiny, at_work, capsys):
     assert run(command(workplace, tiny, "--device", "cuda")) == 7
-    assert "--device cpu" in test_cli.error_line(capsys)
+    assert "--device cpu" in cli_parts.error_line(capsys)
     assert list(at_work.iterdir()) == []
 
 

@@ -1,35 +1,29 @@
 """The command line, held to: help is instant and loads nothing heavy; options land in the job; checks
 come in the order of their cost and before torch; every way to end has its exit code and at most one
-line; what a run shows is right for a terminal, a pipe and a program."""
+line; a program that reads along is told everything."""
 
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import re
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from cli_parts import RENDER, ROOT, RUN, error_line, model_folder
 from PIL import Image
 
 from flashtalk_cli import errors, events, launch, presets
-from flashtalk_cli.cli import display, machine, request
+from flashtalk_cli.cli import request
 from flashtalk_cli.cli.app import run
 from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import FlashtalkError, WorkerError
-from flashtalk_cli.models import folder
 
-ROOT = Path(__file__).parent.parent
-RENDER = ["render", "portrait.png", "hello.wav", "--model", "model"]
 COMMANDS = [
     [],
     ["render"],
@@ -41,21 +35,10 @@ COMMANDS = [
     ["models"],
     ["models", "pull"],
     ["doctor"],
+    ["bench"],
+    ["train"],
+    ["train", "adapt"],
 ]
-
-
-def model_folder(path: Path) -> Path:
-    """A model whose files are all there, and empty: enough for every check before weights are read."""
-    names = [
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        *(f"{s}.pth" for s in folder.STEMS.values()),
-    ]
-    speech = [f"{folder.SPEECH_FOLDER}/config.json", f"{folder.SPEECH_FOLDER}/pytorch_model.bin"]
-    for name in [*names, *speech, f"{folder.TOKENIZER}/spiece.model"]:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_text("{}")
-    return path
 
 
 @pytest.fixture
@@ -81,13 +64,6 @@ def jobs(monkeypatch):
 
     monkeypatch.setattr(launch, "run", fake)
     return launched
-
-
-def error_line(capsys) -> str:
-    """The one error line on stderr, without `error: `."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, lines
-    return lines[0].removeprefix("error: ")
 
 
 # Help and start-up
@@ -159,104 +135,6 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("flashtalk ")
 
 
-# Presets, models, doctor
-
-
-def test_presets_are_listed_also_without_a_subcommand(capsys):
-    assert run(["presets"]) == 0
-    assert run(["presets", "list"]) == 0
-    first, second = np.array_split(capsys.readouterr().out.splitlines(), 2)
-    assert list(first) == list(second)
-    assert first[0].startswith("mini ")
-
-
-def test_a_shown_preset_loads_again(tmp_path, capsys):
-    assert run(["presets", "show", "mini", "--set", "sampling.steps=2"]) == 0
-    path = tmp_path / "mine.yaml"
-    path.write_text(capsys.readouterr().out, encoding="utf-8")
-    expected = presets.load("mini", [presets.parse_set("sampling.steps=2")])
-    assert presets.load(str(path)) == expected
-
-
-def test_models_are_listed_with_their_state(tmp_path, monkeypatch, capsys):
-    model_folder(tmp_path / "other")
-    monkeypatch.setenv("FLASHTALK_HOME", str(tmp_path))
-    assert run(["models"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert next(line for line in lines if line.startswith("soulx-14b")).split()[1] == "absent"
-    assert next(line for line in lines if line.startswith("other")).split()[1] == "ready"
-
-
-def test_pulling_what_is_not_on_the_hub_is_a_model_error(capsys):
-    assert run(["models", "pull", "none"]) == 5
-    assert "soulx-14b" in error_line(capsys)
-
-
-def test_verifying_an_incomplete_model_says_what_is_wrong(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    assert run(["models", "verify", str(tmp_path)]) == 5
-    assert "missing files: " in error_line(capsys)
-
-
-def test_doctor_reports_what_a_render_needs(capsys):
-    assert run(["doctor", "--quick", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    topics = {finding["topic"] for finding in report["findings"]}
-    assert topics >= {
-        "flashtalk",
-        "ffmpeg",
-        "encoders",
-        "torch",
-        "libraries",
-        "attention",
-        "disk",
-        "model",
-        "preset",
-    }
-    assert {finding["state"] for finding in report["findings"]} <= {"good", "note"}
-    assert report["probe"]["attention"]["sdpa"] is None
-
-
-GPU = {"name": "GPU", "capability": "9.0", "free_bytes": 1, "total_bytes": 140e9}
-SEEN = {"torch": "2", "cuda": "13", "threads": 2, "gpus": [], "attention": {"sdpa": None}}
-
-
-@pytest.mark.parametrize(
-    ("gpus", "fits"),
-    [
-        ([], ["mini"]),
-        ([GPU], ["mini", "soulx-14b"]),
-        ([{**GPU, "total_bytes": 8e9}], ["mini"]),
-    ],
-)
-def test_doctor_says_which_preset_fits(gpus, fits):
-    found = [f for f in machine.examine({**SEEN, "gpus": gpus}) if f.topic == "preset"]
-    assert [f.text.split(":")[0] for f in found if f.state == "good"] == fits
-
-
-@pytest.mark.parametrize(
-    ("total_bytes", "host_bytes", "said"),
-    [
-        (140e9, 1e9, "soulx-14b: fits this machine"),
-        (24e9, 128e9, "soulx-14b: fits with --offload"),
-        (24e9, 16e9, "needs 44 GB of host memory with --offload; there are 16 GB"),
-        (8e9, 128e9, "needs a GPU with 44 GB, or 20 GB with --offload; the largest here has 8 GB"),
-    ],
-)
-def test_doctor_says_when_to_offload(monkeypatch, total_bytes, host_bytes, said):
-    monkeypatch.setattr(machine, "host_memory_bytes", lambda: host_bytes)
-    found = machine.examine({**SEEN, "gpus": [{**GPU, "total_bytes": total_bytes}]})
-    assert any(said in f.text for f in found if f.topic == "preset")
-
-
-def test_doctor_survives_a_torch_that_does_not_load(monkeypatch, capsys):
-    monkeypatch.setattr(machine, "probe", lambda: {"error": "libcudart.so.13: cannot open shared object"})
-    assert run(["doctor"]) == 1
-    captured = capsys.readouterr()
-    assert "does not load: libcudart" in captured.out
-    assert "see torch" in captured.err
-
-
 # Render: what lands in the job
 
 
@@ -288,7 +166,7 @@ def test_a_plain_render(inputs, jobs):
         (["--size", "96x128"], "canvas.width_px", 96),
         (["--size", "96x128"], "canvas.height_px", 128),
         (["--size", "auto"], "canvas.width_px", 112),  # 64x96 at 144x144's area
-        (["--size", "auto"], "canvas.height_px", 192),
+        (["--size", "auto"], "canvas.height_px", 160),
         (["--set", "sampling.shift=3"], "sampling.shift", 3.0),
         (["--set", "sampling.steps=3", "--steps", "2"], "sampling.steps", 2),
     ],
@@ -464,22 +342,7 @@ def test_terminated_while_it_checks_leaves_nothing(inputs, tmp_path_factory):
     assert list(temporary.iterdir()) == []
 
 
-# Displays
-
-RUN = [
-    events.event("stage", name="weights", detail="mini on cpu"),
-    events.event("progress", name="weights", done=5, total=10, unit="MB"),
-    *(
-        events.event(
-            "chunk", index=i, chunks=3, frames_done=28 * i + 28, frames_total=84, fps=27.1, realtime=1.08,
-            elapsed_s=i, eta_s=None if i == 0 else 62.4,
-        )
-        for i in range(3)
-    ),
-    events.event("warning", message="the avatar is untrained"),
-    events.event("report", data={"fps": 27.1}),
-    events.event("done", path="/tmp/x.mp4", frames=84, duration_s=3.36, elapsed_s=3.1),
-]  # fmt: skip
+# What a program is told
 
 
 def test_json_lines_are_the_events(inputs, monkeypatch, capsys):
@@ -509,104 +372,5 @@ def test_json_ends_with_the_error(inputs, capsys):
     assert captured.err == f"error: {last['message']}\n"
 
 
-def test_plain_lines_are_few_and_say_speed_and_time_left(capsys):
-    shown = display.PlainLines()
-    for happened in RUN:
-        shown.show(happened)
-    assert capsys.readouterr().err.splitlines() == [
-        "weights: mini on cpu",
-        "weights: 5 of 10 MB",
-        "chunk 3/3: 84/84 frames, 27.1 fps, 1.08x real time, 1:02 left",  # the first two came too soon
-        "warning: the avatar is untrained",
-        "done: /tmp/x.mp4, 84 frames, 3.36 s of video in 3.1 s, 1.08 times real time",
-    ]
-
-
-def test_bars_leave_stages_warnings_and_the_result_on_the_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with display.choose(json=False, video_on_stdout=False) as shown:
-        assert isinstance(shown, display.Bars)
-        for happened in RUN[:-1]:
-            shown.show(happened)
-        shown.log("[not markup] line of a log")
-        shown.show(RUN[-1])
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
-    for text in (
-        "28/84",
-        "27.1 fps",
-        "weights    mini on cpu",
-        "[not markup] line",
-        "done: /tmp/x.mp4",
-        "1.08 times",
-    ):
-        assert text in plain, text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3661, "1:01:01"), (None, "?")])
-def test_clock(seconds, text):
-    assert display.clock(seconds) == text
-
-
-@settings(max_examples=100)
-@given(st.text())
-def test_any_message_becomes_one_printable_line(text):
-    line = display.one_line(text)
-    assert len(line.splitlines()) <= 1
-    assert line.isprintable()
-
-
-def test_an_interrupted_run_says_what_is_kept():
-    kept = events.event("interrupted", path="/tmp/x.mp4.part", frames=56)
-    assert display.describe(kept) == "interrupted: 56 frames are kept in /tmp/x.mp4.part"
-
-
-def test_every_event_can_be_described():
-    assert set(events.KINDS) - {"error"} == {e["event"] for e in RUN} | {"interrupted", "clip", "live"}
-    assert display.describe(events.error(ValueError("x"))) == ""
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        (
-            {"state": "done", "frames": 25, "duration_s": 1.0, "elapsed_s": 2.0},
-            "line 3: a.mp4: 25 frames, 1.00 s of video in 2.0 s, 0.50 times real time",
-        ),
-        ({"state": "failed", "type": "InputError", "message": "no"}, "line 3: a.mp4: InputError: no"),
-        ({"state": "skipped"}, "line 3: a.mp4: skipped"),
-    ],
-)
-def test_what_became_of_a_clip(fields, text):
-    assert display.describe(events.event("clip", line=3, output="a.mp4", **fields)) == text
-
-
-def test_request_knows_standard_output():
-    assert not request.Request(Path("a"), Path("b"), None, "mini", (), {}, None, False).to_stdout
-
-
-# Logging
-
-
-def test_only_rank_0_says_more_than_warnings_and_others_say_who_they_are(capfd):
-    code = (
-        "import logging, warnings; from flashtalk_cli import log\n"
-        "for rank in (0, 2):\n"
-        "    log.setup(debug=True, rank=rank); ours = logging.getLogger('flashtalk_cli.x')\n"
-        "    ours.debug('d%s', rank); ours.warning('w%s', rank); logging.getLogger('other').info('o')\n"
-        "log.setup(); ours.info('quiet'); ours.error('loud'); warnings.warn('noise')"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    lines = [line.split(" ", 2)[2] for line in ended.stderr.splitlines()[:3]]
-    assert lines == [
-        "DEBUG flashtalk_cli.x: d0",
-        "WARNING flashtalk_cli.x: w0",
-        "rank 2 WARNING flashtalk_cli.x: w2",
-    ]
-    assert ended.stderr.splitlines()[3:] == ["ERROR: loud"]
-    assert ended.stdout == ""
+def test_request_knows_standard_output(inputs):
+    assert not request.Request(inputs / "a", inputs / "b", None, "mini", (), {}, None, False).to_stdout

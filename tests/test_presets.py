@@ -59,6 +59,7 @@ VALUES = {
     "live.lookahead_s": st.floats(0, 4),
     "live.backlog_s": st.floats(5, 600),
     "live.late": st.sampled_from(["repeat", "drop", "fail"]),
+    "live.away": st.sampled_from(["go-on", "pause"]),
 }
 
 
@@ -257,7 +258,7 @@ def test_overriding_a_section_that_the_file_left_empty_or_spoilt(tmp_path):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("minni", "no preset named 'minni' (did you mean mini?); there are mini, "),
+        ("minni", "no preset named 'minni' (did you mean mini?); there are h200x1-fp8, "),
         ("none.yaml", "none.yaml: no such preset file"),
         ("./none", "./none: no such preset file"),
         ("/", "/: cannot be read (Is a directory)"),
@@ -288,6 +289,29 @@ def test_the_released_model_runs_with_the_released_values():
     assert (sampling.chunk_frames, sampling.motion_frames, sampling.new_frames) == (33, 5, 28)
     assert (hearing.context_s, hearing.loudness_lufs, sampling.colour_strength) == (8.0, -23.0, 1.0)
     assert preset.precision.dit == preset.precision.vae == "bfloat16"
+
+
+SHORT = {  # presets of the released model that say only what is theirs
+    "h200x1-fp8": {"precision.dit": "fp8"},
+    "h200x2-bf16": {"compute.gpus": 2},
+    "h200x2-fp8": {"compute.gpus": 2, "precision.dit": "fp8"},
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_preset_named_for_a_machine_is_the_released_one_but_for_what_it_is_named_for(name):
+    overrides = [Override(path, value, "--set") for path, value in SHORT[name].items()]
+    own = {"name", "description"}
+    expected = presets.load("soulx-14b", overrides).model_dump(exclude=own)
+    assert presets.load(name).model_dump(exclude=own) == expected
+
+
+def test_there_is_a_preset_for_no_machine_that_nobody_measured():
+    """Each one that is named for a machine is in the test above, and names a number of GPUs that it asks for."""
+    named = {name for name in presets.names() if name.startswith("h200")}
+    assert named == set(SHORT)
+    for name in named:
+        assert presets.load(name).compute.gpus == int(name.partition("-")[0].removeprefix("h200x"))
 
 
 def test_presets_are_found_from_any_folder(tmp_path):

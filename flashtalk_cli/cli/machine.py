@@ -36,13 +36,18 @@ State = Literal["good", "note", "bad"]
 class Needs:
     """Memory that a model takes, at its preset's size, in bytes."""
 
-    gpu: float  # weights, and what a chunk takes beside them
-    gpu_offloaded: float
-    host_offloaded: float
+    gpu: float = 0  # weights, and what a chunk takes beside them
+    gpu_offloaded: float | None = None  # None: cannot be offloaded
+    host_offloaded: float = 0
 
 
-# With --offload: counted from the sizes of weights and activations, and rounded up; not yet measured.
-NEEDS = {"soulx-14b": Needs(gpu=44e9, gpu_offloaded=20e9, host_offloaded=44e9)}
+# By model, and whether in eight bits. A chunk's peak on one H200 was 43.9 GiB in bfloat16 (scripts/gpu-check), in fp8
+# a step's and a decode's together 37.1 (scripts/gpu-speed); the driver's own share is added. With --offload: counted
+# from the sizes of weights and activations, and rounded up; not yet measured.
+NEEDS = {
+    ("soulx-14b", False): Needs(gpu=49e9, gpu_offloaded=20e9, host_offloaded=44e9),
+    ("soulx-14b", True): Needs(gpu=42e9),
+}
 
 
 @dataclass(frozen=True)
@@ -170,18 +175,19 @@ def _presets(seen: dict[str, Any]) -> list[Finding]:
 
 
 def _sharing(seen: dict[str, Any]) -> list[Finding]:
-    """What --gpus gives, for every preset made for GPUs and every count that doubles, and for all."""
+    """What --gpus gives, for every model and size that presets have for GPUs, every count that doubles, and all."""
     count = len(seen.get("gpus", ()))
     counts = sorted({n for n in (2, 4, 8, 16, count) if 2 <= n <= count})
     made: list[Preset] = [presets.load(name) for name in presets.names()] if counts else []
     findings = []
-    for preset in made:
-        for n in counts if preset.compute.device == "cuda" else ():
+    for preset in {(p.model.name, p.canvas): p for p in made if p.compute.device == "cuda"}.values():
+        for n in counts:
             try:
                 text, state = str(split_of(preset, n, RELEASED_HEADS)), "good"
             except FlashtalkError as error:
                 text, state = str(error), "note"
-            findings.append(Finding("sharing", cast("State", state), f"{preset.name} --gpus {n}: {text}"))
+            line = f"{preset.model.name} --gpus {n}: {text}"
+            findings.append(Finding("sharing", cast("State", state), line))
     return findings
 
 
@@ -191,13 +197,17 @@ def _fit(preset: Preset, seen: dict[str, Any]) -> tuple[str, bool]:
         return "torch does not load", False
     if preset.compute.device == "cuda" and not seen["gpus"]:
         return "needs a GPU", False
-    needs = NEEDS.get(preset.model.name, Needs(0, 0, 0))
+    wanted_gpus, have_gpus = preset.compute.gpus, len(seen["gpus"])
+    if preset.compute.device == "cuda" and wanted_gpus != "all" and wanted_gpus > have_gpus:
+        return f"needs {wanted_gpus} GPUs; there {'is' if have_gpus == 1 else 'are'} {have_gpus}", False
+    needs = NEEDS.get((preset.model.name, preset.precision.dit == "fp8"), Needs())
     largest, host = max((gpu["total_bytes"] for gpu in seen["gpus"]), default=0), host_memory_bytes()
     if largest >= needs.gpu:
         return "fits this machine", True
-    if largest < needs.gpu_offloaded:
-        wanted = f"{needs.gpu / 1e9:.0f} GB, or {needs.gpu_offloaded / 1e9:.0f} GB with --offload"
-        return f"needs a GPU with {wanted}; the largest here has {largest / 1e9:.0f} GB", False
+    if needs.gpu_offloaded is None or largest < needs.gpu_offloaded:
+        offloaded = f", or {needs.gpu_offloaded / 1e9:.0f} GB with --offload" if needs.gpu_offloaded else ""
+        have = f"the largest here has {largest / 1e9:.0f} GB"
+        return f"needs a GPU with {needs.gpu / 1e9:.0f} GB{offloaded}; {have}", False
     if host < needs.host_offloaded:
         wanted = f"{needs.host_offloaded / 1e9:.0f} GB of host memory with --offload"
         return f"needs {wanted}; there are {host / 1e9:.0f} GB", False
