@@ -1,6 +1,9 @@
 """The whole of `flashtalk train` on a toy: people, both stages, a run interrupted and resumed, evaluation,
 export, and `flashtalk render` with what came out (contract); footage is filtered and goes on where it
-ended; several ranks compute what one does (parity); what cannot work is told in one line (faults)."""
+ended; several ranks compute what one does (parity); what cannot work is told in one line (faults).
+
+Starting Python and torch takes longer than any of these tasks, so most run in this process, in place of a worker;
+in processes of their own, as a user's, run those on two ranks and the one that is interrupted."""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +23,17 @@ import soundfile
 import torch
 from toy_training import TRAIN, write_bank, write_presets
 
+from flashtalk_cli import launch
 from flashtalk_cli.cli.app import run
-from flashtalk_cli.config import Canvas
-from flashtalk_cli.distill import filters, footage
+from flashtalk_cli.config import Canvas, RenderJob
+from flashtalk_cli.distill import filters, footage, tasks
+from flashtalk_cli.distill.config import TrainJob
 from flashtalk_cli.distill.shards import read_shard
+from flashtalk_cli.distill.work import Work
+from flashtalk_cli.events import Emitter, Event
+from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.rendering import Worker, render
+from flashtalk_cli.serving import NOWHERE
 
 ASSETS = Path(__file__).parent.parent / "flashtalk_cli" / "assets"
 RANK_CHECK = Path(__file__).with_name("train_ranks.py")
@@ -35,8 +47,36 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Telling(Emitter):
+    """Gives events to a function instead of a socket."""
+
+    def __init__(self, tell: Callable[[Event], None]) -> None:
+        super().__init__(None)
+        self._tell = tell
+
+    def send(self, happened: Event) -> None:
+        self._tell(happened)
+
+
+def work_here(job: TrainJob | RenderJob, on_event: Callable[[Event], None], **_: object) -> int:
+    """In place of `launch.run`: the task itself, whose errors are those that a worker would send."""
+    ranks, emitter, stop = Ranks(torch.device("cpu")), Telling(on_event), threading.Event()
+    if isinstance(job, RenderJob):
+        return render(Worker(job, ranks, emitter), job, stop, NOWHERE)
+    return tasks.run(Work(job, ranks, emitter, stop))
+
+
+def run_here(*arguments: object) -> int:
+    """`flashtalk` with these arguments, and no other process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "run", work_here)
+        return run(list(map(str, arguments)))
+
+
 def flashtalk(toy: Path, *arguments: object) -> int:
-    return run(["train", *map(str, arguments), "--preset", str(toy / "train.yaml"), "--device", "cpu"])
+    """`flashtalk train` with these arguments; with --gpus in processes of its own."""
+    line = ["train", *map(str, arguments), "--preset", str(toy / "train.yaml"), "--device", "cpu"]
+    return run(line) if "--gpus" in line else run_here(*line)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +119,14 @@ def test_what_was_trained_renders(trained: Path, tmp_path: Path) -> None:
     """Exported, a folder verifies, and renders the packaged portrait with the preset it was trained by."""
     if not (ASSETS / "portraits" / "maya.png").exists():
         pytest.skip("no packaged portrait")
-    export = ["train", "export", str(trained / "student"), str(tmp_path / "model")]
-    assert run([*export, "--preset", str(trained / "train.yaml")]) == 0
-    assert run(["models", "verify", str(tmp_path / "model")]) == 0
+    export = ["train", "export", trained / "student", tmp_path / "model"]
+    assert run_here(*export, "--preset", trained / "train.yaml") == 0
+    assert run_here("models", "verify", tmp_path / "model") == 0
     picture, speech = ASSETS / "portraits" / "maya.png", tmp_path / "speech.wav"
     samples, rate_hz = soundfile.read(ASSETS / "speech" / "welcome.wav", frames=16_000)
     soundfile.write(speech, samples, rate_hz)
-    rendered = run(
-        ["render", str(picture), str(speech), "-o", str(tmp_path / "toy.mp4"),
-         "--preset", str(trained / "render.yaml"), "--model", str(tmp_path / "model")]
-    )  # fmt: skip
-    assert rendered == 0
+    options = ["--preset", trained / "render.yaml", "--model", tmp_path / "model"]
+    assert run_here("render", picture, speech, "-o", tmp_path / "toy.mp4", *options) == 0
     assert (tmp_path / "toy.mp4").stat().st_size > 1000
 
 
