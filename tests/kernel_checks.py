@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from flashtalk_cli.models import fp8, rope, vae_blocks
@@ -110,6 +111,48 @@ def test_norm_and_rotation(b: int, grid: tuple, heads: int, head_dim: int, dtype
         assert ours.is_contiguous()
         assert_near(ours, PLAIN.rms_rotate(x, weight, table, head_dim, EPS))
         assert_near(FUSED.rms_norm(x, weight, EPS), PLAIN.rms_norm(x, weight, EPS))
+
+
+@pytest.mark.parametrize(("b", "groups"), [(1, 2), (2, 3), (2, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_rows_in_groups_of_heads(b: int, groups: int, dtype: torch.dtype) -> None:
+    """Normed and turned, copied, joined and quantised: to and from what ranks exchange, group by group."""
+    grid, heads, head_dim = (2, 1, 3), 6, 22
+    n, dim = 6, heads * head_dim
+    table, weight = rope.rotation_table(grid, head_dim, DEVICE), draw(dim, dtype=dtype)
+    x = draw(b, n, 3 * dim, dtype=dtype)[..., dim : 2 * dim]
+    rooms = [torch.empty(groups, b, n, 3, dim // groups, dtype=dtype, device=DEVICE) for _ in range(2)]
+    views = [rearrange(room, "u b n three c -> b n three u c").unbind(2) for room in rooms]
+    for ops, (q, v, other) in zip((FUSED, PLAIN), views, strict=True):
+        ops.rms_rotate(x, weight, table, head_dim, EPS, q)
+        ops.place(x, v)
+        assert other.isnan().all()
+    ours, theirs = views
+    assert_near(ours[0], theirs[0])
+    assert torch.equal(ours[1].flatten(2), x)
+    assert torch.equal(FUSED.place(ours[1], torch.empty_like(ours[1].flatten(2))), x)
+    assert_near(FUSED.rows(ours[0]), PLAIN.rows(ours[0]))
+    assert_near(FUSED.rows(ours[0], ours[1]), PLAIN.rows(ours[0], ours[1]))
+
+
+@pytest.mark.parametrize(("heads", "keys", "width", "dim"), [(3, 5, 12, 40), (2, 32, 64, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_attention_to_speech(heads: int, keys: int, width: int, dim: int, dtype: torch.dtype) -> None:
+    """Folding of a slice of wider keys, by a weight either way round; and the softmax over each head's keys."""
+    frames, tokens = 2, 7
+    x = draw(frames, keys, 2, heads, width, dtype=dtype)[:, :, 1]
+    weight, bias = draw(heads, width, dim, dtype=dtype), draw(dim, dtype=dtype)
+    if not (INTERPRETED and dtype == torch.bfloat16):  # whose products the interpreter makes of the bits
+        for w in (weight, weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
+            for b in (None, bias):
+                assert_near(FUSED.fold(x, w, b), PLAIN.fold(x, w, b))
+    scores, owed = (
+        draw(frames, tokens, heads * keys, dtype=dtype, scale=3),
+        draw(frames, heads, keys, dtype=dtype),
+    )
+    assert_near(FUSED.softmax(scores.clone(), owed, 0.3), PLAIN.softmax(scores.clone(), owed, 0.3))
 
 
 @pytest.mark.parametrize("size", SIZES)

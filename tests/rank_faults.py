@@ -53,14 +53,14 @@ def loading(here: Worker) -> object:
     """Load the models, after saying the process ids of all ranks; rank 1's attention fails once it is warm."""
     pids = here.ranks.to_leader(os.getpid())
     here.emitter.emit("stage", name="ranks", detail=" ".join(map(str, [*pids, os.getppid()])))
-    attend, how = UlyssesRing.attend, here.preset.name
+    attend, how = UlyssesRing.attend_room, here.preset.name
 
     def attending(self: UlyssesRing, *arguments: object) -> Tensor:
         if here.ranks.rank == 1 and here.ranks.pulse.rounds == FAILS_IN_ROUND and how != UNHARMED:
             fail(how)
         return attend(self, *arguments)
 
-    UlyssesRing.attend = attending
+    UlyssesRing.attend_room = attending
     if not shutil.which("ffmpeg"):
         rendering.write = counting
     return load_models(here)

@@ -21,6 +21,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,13 @@ MANY_KEYS = 128  # from here on two products are faster than a fused kernel on a
 MAX_SCORES = 1 << 22  # numbers: 8 MB of bfloat16
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)  # CUDA compute capabilities
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one cross-attention, each [..., tokens, heads, head_dim]."""
+
+    k: Tensor
+    v: Tensor
 
 
 @dataclass(frozen=True)

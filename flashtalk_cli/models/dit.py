@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flashtalk_cli.errors import ModelError
-from flashtalk_cli.models.attention import SDPA, AttentionKernel, attention
-from flashtalk_cli.models.audio import AudioProjector
+from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, attention
+from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector
 from flashtalk_cli.models.fp8 import Rows, to_eight_bits
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
 from flashtalk_cli.models.offload import Offload
@@ -108,13 +108,6 @@ def _is_like(value: Any, released: Any) -> bool:
         return of_its_length and all(map(_is_like, value, released))
     kind = (int, float) if isinstance(released, float) else int
     return isinstance(value, kind) and not isinstance(value, bool) and value > 0
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one cross-attention, each [..., tokens, heads, head_dim]."""
-
-    k: Tensor
-    v: Tensor
 
 
 @dataclass(frozen=True)
@@ -330,13 +323,23 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor | Rows, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
+        ops, par = layout.ops, layout.par
         q, k, v = linear_together(x, self.q, self.k, self.v)
+        head_dim = q.shape[-1] // self.num_heads
+        room = par.room(v)
+        places = [None, None] if room is None else room.unbind(2)
         q, k = (
-            layout.ops.rms_rotate(a, norm.weight, layout.rotation, q.shape[-1] // self.num_heads, norm.eps)
-            for a, norm in ((q, self.norm_q), (k, self.norm_k))
+            ops.rms_rotate(a, norm.weight, layout.rotation, head_dim, norm.eps, place)
+            for a, norm, place in zip((q, k), (self.norm_q, self.norm_k), places, strict=False)
         )
-        q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))
-        return _out(self.o, layout.par.attend(layout.kernel, q, k, v, layout.length), layout.ops)
+        if room is None:
+            q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))
+            return _out(self.o, par.attend(layout.kernel, q, k, v, layout.length).flatten(2), ops=ops)
+        ops.place(v, room[:, :, 2])
+        out = par.attend_room(layout.kernel, room, head_dim, layout.length)
+        if not in_eight_bits(self.o):
+            out = ops.place(out, torch.empty_like(v, memory_format=torch.contiguous_format))
+        return _out(self.o, out, ops=ops)
 
 
 class CrossAttention(nn.Module):
@@ -371,68 +374,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor | Rows, text: KeyValue, image: KeyValue, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
         q = _heads(layout.ops.rms_norm(self.q(x), self.norm_q.weight, self.norm_q.eps), self.num_heads)
-        kernel = layout.kernel
-        out = attention(q, *text, kernel=kernel) + attention(q, *image, kernel=kernel)
-        return _out(self.o, out, layout.ops)
-
-
-class AudioCrossAttention(nn.Module):
-    """The tokens of a latent frame to the speech of that frame only.
-
-    A frame has hundreds of tokens and hears few, n: so keys are multiplied by the queries' weights, and
-    values by the output's, and not the other way round. With W_q and W_o the rows and columns of a head,
-
-        q k^T = x (W_q^T k^T) + b_q k^T        out = sum over heads of softmax(..) (v W_o^T)
-
-    which is the same number, by one product of [dim, heads n] on either side of the softmax where there
-    was one of [dim, dim]: a quarter of the multiplications in the released model, an eighth in `mini`.
-    """
-
-    def __init__(self, p: DitParams) -> None:
-        super().__init__()
-        self.num_heads = p.num_heads
-        self.q_linear = nn.Linear(p.dim, p.dim)
-        self.kv_linear = nn.Linear(p.output_dim, 2 * p.dim)
-        self.proj = nn.Linear(p.dim, p.dim)
-
-    def keys(self, tokens: Tensor) -> KeyValue:
-        """Audio tokens [B, T, context_tokens, output_dim] -> keys and values."""
-        k, v = rearrange(self.kv_linear(tokens), "b t n (two h d) -> two b t n h d", two=2, h=self.num_heads)
-        return KeyValue(k, v)
-
-    def forward(self, x: Tensor, audio: KeyValue, layout: Layout) -> Tensor:
-        """[B, n, dim] -> [B, n, dim].
-
-        Tokens are grouped by frame. A rank whose run of tokens begins or ends inside a frame fills
-        it up to whole frames with zeros and drops what they got; padding gets zeros.
-        """
-        (start, stop), size = layout.span, layout.frame_tokens
-        if start == stop:
-            return torch.zeros_like(x)
-        first, last = start // size, -(-stop // size)
-        before, real = start - first * size, stop - start
-        padding = x.shape[1] - real
-
-        whole = real == (last - first) * size and padding == 0
-        frames = x if whole else F.pad(x[:, :real], (0, 0, before, last * size - stop))
-        frames = rearrange(frames, "b (t s) c -> (b t) s c", s=size)
-        out = self._attend(frames, KeyValue(*(kv[:, first:last].flatten(0, 1) for kv in audio)))
-        out = rearrange(out, "(b t) s c -> b (t s) c", b=x.shape[0])
-        return out if whole else F.pad(out[:, before : before + real], (0, 0, 0, padding))
-
-    def _attend(self, x: Tensor, audio: KeyValue) -> Tensor:
-        """Frames x [f, s, dim] to keys and values [f, n, heads, head_dim]: [f, s, dim]."""
-        heads, scale = self.num_heads, audio.k.shape[-1] ** -0.5
-        w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
-        w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
-        keys, values = (
-            rearrange(torch.bmm(rearrange(kv, "f n h d -> h (f n) d"), w), "h (f n) c -> f (h n) c", f=len(x))
-            for kv, w in ((audio.k, w_q), (audio.v, w_o))
-        )
-        biased = torch.einsum("fnhd,hd->fhn", audio.k, self.q_linear.bias.unflatten(0, (heads, -1)))
-        scores = torch.baddbmm(biased.flatten(1)[:, None], x, keys.mT, beta=scale, alpha=scale)
-        weights = scores.unflatten(-1, (heads, -1)).float().softmax(-1).to(x.dtype)
-        return torch.baddbmm(self.proj.bias, weights.flatten(-2), values)
+        text_out, image_out = (attention(q, *keys, kernel=layout.kernel).flatten(2) for keys in (text, image))
+        return _out(self.o, text_out, image_out, ops=layout.ops)
 
 
 class Head(nn.Module):
@@ -491,10 +434,9 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "b n (h d) -> b n h d", h=num_heads)
 
 
-def _out(layer: nn.Module, x: Tensor, ops: TokenOps) -> Tensor:
-    """What attention gave [B, n, heads, head_dim] through its last layer: [B, n, dim]."""
-    x = x.flatten(2)
-    return layer(ops.rows(x) if in_eight_bits(layer) else x)
+def _out(layer: nn.Module, x: Tensor, *more: Tensor, ops: TokenOps) -> Tensor:
+    """What attention gave [B, n, dim], and another if there is one, through its last layer: [B, n, dim]."""
+    return layer(ops.rows(x, *more) if in_eight_bits(layer) else sum(more, x))
 
 
 def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import importlib.util
 from functools import cache
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,14 +61,47 @@ class TokenOps:
         """x over the root of its mean square over all channels, times weight."""
         return _rms_norm(x, weight, eps).to(x.dtype)
 
-    def rms_rotate(self, x: Tensor, weight: Tensor, rotation: Tensor, head_dim: int, eps: float) -> Tensor:
-        """The same, and then each head turned by the tokens' places: rotation [n, head_dim / 2, 2]."""
-        heads = _rms_norm(x, weight, eps).unflatten(-1, (-1, head_dim))
-        return rotate(heads, rotation).flatten(-2).to(x.dtype)
+    def rms_rotate(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        rotation: Tensor,
+        head_dim: int,
+        eps: float,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The same, and then each head turned by the tokens' places: rotation [n, head_dim / 2, 2].
 
-    def rows(self, x: Tensor) -> Rows:
-        """x in eight bits."""
-        return quantise_rows(x)
+        Into `out`, groups of heads [B, n, groups, channels of a group], where that is given.
+        """
+        heads = _rms_norm(x, weight, eps).unflatten(-1, (-1, head_dim))
+        turned = rotate(heads, rotation).flatten(-2).to(x.dtype)
+        return turned if out is None else self.place(turned, out)
+
+    def place(self, x: Tensor, out: Tensor) -> Tensor:
+        """x into groups of heads, or such groups into one: [B, n, dim] and [B, n, groups, channels of a group]."""
+        return out.copy_(x.unflatten(-1, out.shape[2:]) if out.ndim > x.ndim else x.flatten(2))
+
+    def rows(self, x: Tensor, y: Tensor | None = None) -> Rows:
+        """x, or the sum of two, in eight bits; groups of heads [B, n, groups, channels of a group] as one row."""
+        return quantise_rows((x if y is None else x + y).flatten(2))
+
+    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Each head of x [f, n, heads, head_dim] times its weight [heads, head_dim, dim]: [f, heads n, dim].
+
+        The bias [dim] is dealt out to the heads.
+        """
+        heads = torch.bmm(rearrange(x, "f n h d -> h (f n) d"), weight)
+        folded = rearrange(heads, "h (f n) c -> f (h n) c", f=len(x))
+        return folded if bias is None else folded + bias / len(weight)
+
+    def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:
+        """softmax((scores + bias) * scale) over each head's keys: scores [f, s, heads n], bias [f, heads, n].
+
+        Scores are used up.
+        """
+        each = scores.unflatten(-1, bias.shape[1:]).float() + bias[:, None].float()
+        return each.mul(scale).softmax(-1).flatten(-2).to(scores.dtype)
 
     def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:
         """GELU, in its tanh form, of what a linear layer makes of x."""

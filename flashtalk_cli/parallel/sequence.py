@@ -45,6 +45,17 @@ class Sequence:
         """
         return kernel(q, k, v)
 
+    def room(self, x: Tensor) -> Tensor | None:
+        """Memory for q, k and v of x [B, n, dim], as `attend_room` sends them; None where nothing is sent.
+
+        [B, n, 3, ranks that share heads, channels of a rank's heads], views of what lies rank by rank.
+        """
+        return None
+
+    def attend_room(self, kernel: Attend, room: Tensor, head_dim: int, length: int) -> Tensor:
+        """`attend` of what was written to `room`: [B, n, ranks that share heads, channels of a rank's heads]."""
+        raise NotImplementedError
+
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """All `length` real tokens along `dim`, in order, on every rank."""
         return x
@@ -91,20 +102,40 @@ class UlyssesRing(Sequence):
 
     def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Attention of this rank's queries to the keys of all `length` real tokens."""
+        room = self.room(q.flatten(2))
+        if room is None:
+            return self._attend_round(kernel, q, k, v, length)
+        for place, x in zip(room.unbind(2), (q, k, v), strict=True):
+            place.copy_(x.flatten(2).unflatten(-1, place.shape[2:]))
+        return self.attend_room(kernel, room, q.shape[-1], length).flatten(2).unflatten(-1, q.shape[2:])
+
+    def room(self, x: Tensor) -> Tensor | None:
+        """Memory for q, k and v of x [B, n, dim]: no copy is left between a block's kernels and the exchange.
+
+        A token's q, k and v lie together: so what comes from the ranks, one after another, is all tokens
+        in order, which attention reads by strides.
+        """
+        if self.ulysses.size == 1:
+            return None
+        videos, tokens, dim = x.shape
+        room = x.new_empty(self.ulysses.size, videos, tokens, 3, dim // self.ulysses.size)
+        return rearrange(room, "u b n three c -> b n three u c")
+
+    def attend_room(self, kernel: Attend, room: Tensor, head_dim: int, length: int) -> Tensor:
+        """Attention of the queries in `room` to the keys of all `length` real tokens, by groups of heads."""
+        given = self.ulysses.all_to_all(rearrange(room, "b n three u c -> u b n three c"))
+        q, k, v = rearrange(given, "u b n three (h d) -> three b (u n) h d", d=head_dim)
+        out = self._attend_round(kernel, q, k, v, length)
+        runs = rearrange(out, "b (u n) h d -> u b n (h d)", u=self.ulysses.size)
+        return rearrange(self.ulysses.all_to_all(runs), "u b n c -> b n u c")
+
+    def _attend_round(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        """Attention to the keys of all groups along the ring; q, k, v are of this rank's heads."""
         assert not (torch.is_grad_enabled() and q.requires_grad), "no gradient goes through collectives"
-        if self.ulysses.size > 1:
-            parts = [rearrange(x, "b n (u h) d -> u b n h d", u=self.ulysses.size) for x in (q, k, v)]
-            packed = torch.stack(parts, 1)  # the one copy
-            swapped = self.ulysses.all_to_all(packed)
-            q, k, v = rearrange(swapped, "u three b n h d -> three b (u n) h d")
         if self.ring.size > 1:
             gathered = self.ring.all_gather(torch.stack([k, v]))
             k, v = rearrange(gathered, "r two b n h d -> two b (r n) h d")
-        out = kernel(q, k[:, :length], v[:, :length])
-        if self.ulysses.size > 1:
-            runs = rearrange(out, "b (u n) h d -> u b n h d", u=self.ulysses.size)
-            out = rearrange(self.ulysses.all_to_all(runs), "u b n h d -> b n (u h) d")
-        return out
+        return kernel(q, k[:, :length], v[:, :length])
 
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         """All `length` real tokens along `dim`, in order, on every rank."""

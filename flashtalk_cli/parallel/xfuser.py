@@ -45,6 +45,9 @@ class XfuserRing(UlyssesRing):
         with self.everyone.traffic:
             return self.run(q.contiguous(), k.contiguous(), v.contiguous())
 
+    def room(self, x: Tensor) -> None:
+        """None: xfuser packs for itself."""
+
 
 def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> XfuserRing:
     """The ring with xfuser's attention; `attention` is our name of the kernel. Every rank must call this.

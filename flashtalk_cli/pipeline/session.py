@@ -20,7 +20,8 @@ from einops import rearrange
 from torch import Tensor
 
 from flashtalk_cli.config import Sampling
-from flashtalk_cli.models.dit import AudioContext, Context, DiT, KeyValue
+from flashtalk_cli.models.attention import KeyValue
+from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import STRIDE_PX, Vae
 from flashtalk_cli.models.vae_blocks import Past
 from flashtalk_cli.parallel.sequence import Sequence

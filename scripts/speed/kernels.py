@@ -6,7 +6,6 @@ output written once); products and attention beside each other; ways to launch a
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 
 from flashtalk_cli.models import fp8, rope, vae_blocks
 from flashtalk_cli.models.attention import KERNEL_NAMES, choose_kernel, why_absent
-from flashtalk_cli.models.dit import AudioCrossAttention, Layout
+from flashtalk_cli.models.audio import AudioCrossAttention
+from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.models.kernels import frames, rows
 from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
@@ -85,7 +85,7 @@ def row_kernels(bench: Bench) -> None:
 
 
 def launches(bench: Bench) -> None:
-    """Rows a program takes, and its warps: what is fastest is a matter of registers."""
+    """What a row is cut into, and the warps that take a piece: what is fastest is a matter of registers."""
     p = DIT
     x, y = draw(1, TOKENS, p.dim), draw(1, TOKENS, p.dim)
     vector = draw(1, 1, p.dim, dtype=torch.float32)
@@ -97,15 +97,12 @@ def launches(bench: Bench) -> None:
         ),
         "RMS norm, rotation of q": lambda: FUSED.rms_rotate(x, vector.flatten(), table, p.head_dim, p.eps),
     }
-    for warps, n_rows in itertools.product((4, 8, 16), (1, 4, 8)):
+    for piece, warps in ((512, 2), (1024, 2), (1024, 4), (1024, 8), (2048, 8)):
         figures = {}
-        with (
-            mock.patch.object(rows, "ROWS", n_rows),
-            mock.patch.object(rows, "_warps", lambda wide, n=warps: n),
-        ):
+        with mock.patch.object(rows, "pieces", lambda dim, cut=(piece, warps): cut):
             for name, run in runs.items():
                 figures[name] = milliseconds(run, repeats=7)
-        bench.report.add(f"{warps} warps, {n_rows} rows", **figures)
+        bench.report.add(f"pieces of {piece}, {warps} warps", **figures)
 
 
 def products(bench: Bench) -> None:

@@ -70,7 +70,9 @@ def _add_bias(y, bias, x, n_rows, C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.
     channel = tl.arange(0, WIDE)
     there = (row < n_rows)[:, None] & (channel < C)[None, :]
     at = row[:, None] * C + channel[None, :]
-    value = tl.load(y + at, there, other=0.0).to(tl.float32) + tl.load(x + at, there, other=0.0).to(tl.float32)
+    value = tl.load(y + at, there, other=0.0).to(tl.float32) + tl.load(x + at, there, other=0.0).to(
+        tl.float32
+    )
     value += tl.load(bias + channel, channel < C, other=0.0).to(tl.float32)[None, :]
     tl.store(y + at, value.to(y.dtype.element_ty), there)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models.fp8 import Rows
-from flashtalk_cli.models.kernels import rows
+from flashtalk_cli.models.kernels import rows, speech
 from flashtalk_cli.models.token_ops import TokenOps
 
 
@@ -43,12 +43,27 @@ class FusedOps(TokenOps):
         return rows.rms_rotate(x, weight, None, x.shape[-1], eps)
 
     def rms_rotate(  # noqa: D102
-        self, x: Tensor, weight: Tensor, rotation: Tensor, head_dim: int, eps: float
+        self,
+        x: Tensor,
+        weight: Tensor,
+        rotation: Tensor,
+        head_dim: int,
+        eps: float,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return rows.rms_rotate(x, weight, rotation, head_dim, eps)
+        return rows.rms_rotate(x, weight, rotation, head_dim, eps, out)
 
-    def rows(self, x: Tensor) -> Rows:  # noqa: D102
-        return rows.quantise_rows(x)
+    def place(self, x: Tensor, out: Tensor) -> Tensor:  # noqa: D102
+        return rows.rms_rotate(x, None, None, out.shape[-1], out=out)
+
+    def rows(self, x: Tensor, y: Tensor | None = None) -> Rows:  # noqa: D102
+        return rows.quantise_rows(x, y)
+
+    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
+        return speech.fold(x, weight, bias)
+
+    def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:  # noqa: D102
+        return speech.softmax(scores, bias, scale)
 
     def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:  # noqa: D102
         if quantise:

@@ -1,0 +1,115 @@
+"""Attention to speech between its products: keys and values folded, and the softmax over few keys.
+
+See AudioCrossAttention in models/dit.py for what is folded and why. A batched product of torch's would write
+heads outside of frames, where the products after it want them within, and each copy costs as much again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COLUMNS = 128  # of the folded matrix, a program
+SEGMENTS = 4096  # numbers of softmaxes that a program takes at once
+
+
+@triton.jit
+def _fold(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    out,
+    n_frames,
+    frame_step,
+    token_step,
+    head_step,
+    weight_head_step,
+    weight_row_step,
+    weight_column_step,
+    dim,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED_TOKENS: tl.constexpr,
+    PADDED_WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Of every frame, x [TOKENS, WIDTH] of a head times its weight [WIDTH, columns]. Grid (columns, heads)."""
+    head = tl.program_id(1)
+    token, channel = tl.arange(0, PADDED_TOKENS), tl.arange(0, PADDED_WIDTH)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (channel < WIDTH)[:, None] & (column < dim)[None, :]
+    within = channel[:, None] * weight_row_step + column[None, :] * weight_column_step
+    w = tl.load(weight + head.to(tl.int64) * weight_head_step + within, there, other=0.0)
+    known = (token < TOKENS)[:, None] & (channel < WIDTH)[None, :]
+    for frame in range(n_frames):
+        at = frame * frame_step + head * head_step + token[:, None] * token_step + channel[None, :]
+        value = tl.dot(tl.load(x + at, known, other=0.0), w, input_precision="ieee")
+        if BIAS:
+            value += tl.load(bias + column, column < dim, other=0.0).to(tl.float32)[None, :] / HEADS
+        row = ((frame * HEADS + head) * TOKENS + token).to(tl.int64)
+        wanted = (token < TOKENS)[:, None] & (column < dim)[None, :]
+        tl.store(out + row[:, None] * dim + column[None, :], value.to(out.dtype.element_ty), wanted)
+
+
+@triton.jit
+def _softmax(  # type: ignore[no-untyped-def]
+    scores,
+    bias,
+    scale,
+    n_segments,
+    of_a_frame,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PADDED_TOKENS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """In place; a segment is what one token of the video makes of one head's keys."""
+    segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
+    token = tl.arange(0, PADDED_TOKENS)
+    there = (segment < n_segments)[:, None] & (token < TOKENS)[None, :]
+    at = segment.to(tl.int64)[:, None] * TOKENS + token[None, :]
+    value = tl.load(scores + at, there, other=0.0).to(tl.float32)
+    owed = (segment // of_a_frame * HEADS + segment % HEADS)[:, None] * TOKENS + token[None, :]
+    value = (value + tl.load(bias + owed, there, other=0.0).to(tl.float32)) * scale
+    value = tl.where((token < TOKENS)[None, :], value, float("-inf"))
+    value = tl.exp(value - tl.max(value, 1)[:, None])
+    value *= (1 / tl.sum(value, 1))[:, None]
+    tl.store(scores + at, value.to(scores.dtype.element_ty), there)
+
+
+def fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [f, n, heads, head_dim] times weight [heads, head_dim, dim], plus bias / heads: [f, heads n, dim]."""
+    n_frames, n_tokens, heads, width = x.shape
+    dim = weight.shape[2]
+    assert x.stride(3) == 1, x.stride()
+    out = torch.empty(n_frames, heads * n_tokens, dim, dtype=x.dtype, device=x.device)
+    _fold[(triton.cdiv(dim, COLUMNS), heads)](
+        *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), dim, heads, n_tokens, width),
+        *(_padded(n_tokens), _padded(width), COLUMNS, bias is not None),
+    )
+    return out
+
+
+def softmax(scores: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax((scores + bias) * scale) over each head's keys, in the memory of scores.
+
+    scores: [f, s, heads n]. bias: [f, heads, n].
+    """
+    assert scores.is_contiguous()
+    n_frames, n_tokens, _ = scores.shape
+    heads, n_keys = bias.shape[1:]
+    wide = triton.next_power_of_2(n_keys)
+    n_segments, each = n_frames * n_tokens * heads, max(1, SEGMENTS // wide)
+    _softmax[(triton.cdiv(n_segments, each),)](
+        *(scores, bias.contiguous(), scale, n_segments, n_tokens * heads, heads, n_keys, wide, each)
+    )
+    return scores
+
+
+def _padded(n: int) -> int:
+    """What a product of tiles takes at least."""
+    return max(16, triton.next_power_of_2(n))
