@@ -35,8 +35,8 @@ import sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_launch import Job, fake
 from flashtalk_cli import launch
-launch.CLEAN_END_S = float(sys.argv[2])
-print("code", launch.run(Job(), lambda e: print(e, flush=True), command=fake(sys.argv[1])), flush=True)
+options = {{"command": fake(sys.argv[1]), "clean_end_s": float(sys.argv[2])}}
+print("code", launch.run(Job(), lambda e: print(e, flush=True), **options), flush=True)
 """
 
 
@@ -218,7 +218,9 @@ def test_a_worker_that_does_not_listen_is_killed_in_time():
     process = parent(SLOW + "time.sleep(60)\ntime.sleep(60)", clean_end_s=0.3)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
+    begin_s = time.monotonic()
     out, _ = process.communicate(timeout=20)
+    assert time.monotonic() - begin_s < 5
     assert out.endswith("code 130\n")
 
 
