@@ -122,12 +122,18 @@ class Worker:
             device=self.device,
             sequence=mesh.sequence,
             tiles=mesh.tiles,
-            # Several ranks exchange in both: in one order, so in one stream, and counted, so not recorded.
+            # Several ranks exchange in both: in one order, so in one stream.
             beside=Beside(self.device if self.ranks.size == 1 else None),
-            graphs=Graphs()
-            if self.device.type == "cuda" and self.ranks.size == 1 and not self.offload
-            else None,
+            graphs=self._graphs(compute.engine),
         )
+
+    def _graphs(self, engine: str) -> Graphs | None:
+        """What records steps; None where that cannot be: blocks that are moved about, another library's exchanges."""
+        if self.device.type != "cuda" or self.offload or (self.ranks.size > 1 and engine != "torch"):
+            return None
+        graphs = Graphs(self.ranks.traffic.count) if self.ranks.size > 1 else Graphs()
+        self.ranks.before_leaving.append(graphs.clear)
+        return graphs
 
     def split(self) -> Split:
         """How this preset's video is spread over the ranks."""

@@ -286,7 +286,7 @@ def graph(check: Check) -> None:
     if check.ranks.device.type != "cuda":
         return
     plain = chunks(check, check.shared, 1)
-    graphs = Graphs()
+    graphs = Graphs(check.ranks.traffic.count)
     given = Given.of(check, check.shared)
     models = replace(check.shared, graphs=graphs)
     times = []
@@ -302,7 +302,7 @@ def graph(check: Check) -> None:
     check.figures["graph"] = {"ms": times, "plain_ms": plain["ms"], "recorded": works, "same": same}
     check.held(same, "a recorded step gives the same bits")
     check.measured(f"with graphs {times} ms a chunk, without {plain['ms']}; recorded: {works}")
-    graphs._recordings.clear()  # before the communicator that they use is ended
+    graphs.clear()  # before the communicator that they use is ended
 
 
 def fp8(check: Check) -> None:

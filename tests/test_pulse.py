@@ -29,7 +29,9 @@ from flashtalk_cli.parallel.pulse import (
     Pulse,
     Verdict,
 )
+from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.traffic import Traffic
+from flashtalk_cli.pipeline.streams import Graphs
 
 SIZE = 3
 
@@ -258,3 +260,26 @@ def test_alone_nobody_watches() -> None:
         alone.round()
     alone.end()
     assert threading.active_count() == before
+
+
+def test_a_replay_counts_as_one_exchange_and_its_recording_ends_before_the_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Contract, with a stand-in for CUDA graphs: counted before each replay, untimed, given up before ranks leave."""
+    done: list[str] = []
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay"))
+    )
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("ended"))
+    ranks = Ranks(torch.device("cpu"), size=2)
+    ranks.traffic.timer = SimpleNamespace(begin=lambda: done.append("timed"), end=lambda: None)
+    graphs = Graphs(lambda: (ranks.traffic.count(), done.append("counted")))  # type: ignore[func-returns-value]
+    ranks.before_leaving.append(lambda: (graphs.clear(), done.append("given up")))  # type: ignore[func-returns-value]
+    what, x = object(), torch.ones(3)
+    for _ in range(3):  # as it is, recorded and replayed, replayed
+        assert torch.equal(graphs("double", what, lambda x: 2 * x, x), 2 * x)
+    assert ranks.traffic.begun == 2
+    ranks.leave()
+    assert done == ["counted", "replay"] * 2 + ["given up", "ended"]
+    assert not graphs._recordings

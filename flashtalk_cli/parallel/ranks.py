@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +45,7 @@ class Ranks:
     rank: int = 0
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     pulse: Pulse = field(default_factory=Pulse, compare=False)
+    before_leaving: list[Callable[[], None]] = field(default_factory=list, compare=False)
 
     @property
     def leads(self) -> bool:
@@ -122,6 +123,8 @@ class Ranks:
         self.pulse.end()
         if self.size == 1:
             return
+        for end in self.before_leaving:
+            end()
         watch = threading.Timer(LEAVE_S, os._exit, [0])  # nobody minds the pulse any more
         watch.daemon = True
         watch.start()

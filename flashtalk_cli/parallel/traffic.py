@@ -48,14 +48,17 @@ class Traffic:
                 self._reached, _ = self._ahead.popleft()
         return self._reached if self._ahead else self._asked
 
-    def __enter__(self) -> None:
-        recorded = self._recorded()
-        if self._gpu is not None and not recorded:
+    def count(self) -> None:
+        """What follows is an exchange, or a CUDA graph that holds some: it counts as one, and is not timed."""
+        if self._gpu is not None and not self._recorded():
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._gpu))
             self._ahead.append((self._asked + 1, event))
         self._asked += 1
-        if self.timer is not None and not recorded:
+
+    def __enter__(self) -> None:
+        self.count()
+        if self.timer is not None and not self._recorded():
             self.timer.begin()
 
     def __exit__(self, *_: object) -> None:

@@ -58,9 +58,12 @@ class Graphs:
     The first call with new shapes runs as it is, so that kernels are built and caches filled; the second
     is recorded, and that and all later ones are replayed. Where recording fails it is said once, and
     everything runs as it is.
+
+    before: called before each replay, such as to count the exchanges with other ranks that are in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self._before = before
         self._recordings: dict[str, _Recording] = {}
         self.works = True  # nothing failed to be recorded so far
 
@@ -89,8 +92,13 @@ class Graphs:
         assert held.graph is not None
         assert held.output is not None
         torch._foreach_copy_(held.inputs, inputs)
+        self._before()
         held.graph.replay()
         return held.output.clone()  # the next replay writes there again
+
+    def clear(self) -> None:
+        """Give the recordings up: a library whose exchanges are in them cannot end before."""
+        self._recordings.clear()
 
 
 def _record(held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
