@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from flashtalk_cli.models import fp8, rope, vae_blocks
 from flashtalk_cli.models.fp8 import Rows
 from flashtalk_cli.models.kernels import frames as kernel_frames
+from flashtalk_cli.models.kernels import heads as kernel_heads
 from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.models.vae import Vae, VaeParams
@@ -175,6 +176,22 @@ def test_gelu_of_a_layer(dtype: torch.dtype) -> None:
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("needs a CUDA device")
     assert_near(FUSED.gelu(layer, x), PLAIN.gelu(layer, x))
+
+
+@pytest.mark.parametrize(("b", "n", "heads", "width"), [(1, 150, 3, 20), (2, 5, 2, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_heads_in_eight_bits(b: int, n: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    """Slices of wider tokens, heads of very different size, one of them zero."""
+    sizes = torch.logspace(-4, 4, heads, device=DEVICE)[:, None].to(dtype)
+    x = draw(b, n, 3, heads, width, dtype=dtype)[:, :, 1] * sizes
+    x = torch.stack([x, x], 2)[:, :, 1]
+    x[0, :, 0] = 0
+    ours, scales = kernel_heads.quantise(x)
+    expected = x.float().abs().amax((1, 3)).clamp_min(fp8.SMALLEST_PEAK) / fp8.LARGEST
+    torch.testing.assert_close(scales, expected)
+    values = (x.float() / expected[:, None, :, None]).to(torch.float8_e4m3fn)
+    assert_near(Rows(ours, scales), Rows(values, expected))
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, attention, choose_kernel, why_absent
+from flashtalk_cli.models.attention_fp8 import FEW_KEYS, emulated
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER, BLACKWELL, ADA, TURING = (9, 0), (12, 0), (8, 9), (7, 5)
@@ -135,6 +136,41 @@ def test_a_package_is_called_with_q_k_v(machine: Machine, name: str, module: str
     torch.testing.assert_close(attention(q, q, q + 1, kernel=kernel), 2 * (q + 1))
 
 
+def test_eight_bits_are_for_many_keys(machine: Machine) -> None:
+    """Contract: never by auto; fa3 is given e4m3 and each head's scale, of few keys bfloat16 as it came."""
+    machine.install(
+        "fa3_fwd_interface",
+        """def flash_attn_func(q, k, v, causal=False, q_descale=None, k_descale=None, v_descale=None):
+    if v_descale is None:
+        return v
+    assert q_descale.shape == k_descale.shape == (2, 3)
+    return v.float() * v_descale[:, None, :, None]
+""",
+    )
+    assert choose_kernel("auto", CUDA, torch.bfloat16).name == "fa3"
+    kernel = choose_kernel("fa3-fp8", CUDA, torch.bfloat16)
+    assert kernel.name == "fa3-fp8"
+    v = torch.randn(2, FEW_KEYS + 1, 3, 8) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    few = v[:, 1:]
+    assert attention(few, few, few, kernel=kernel) is few
+    given = attention(v, v, v, kernel=kernel)
+    assert not torch.equal(given, v)
+    for head in range(3):
+        error = (given - v)[:, :, head].abs().max() / v[:, :, head].abs().max()
+        assert error <= 2**-4  # half a step of three bits of mantissa
+
+
+def test_eight_bits_emulated() -> None:
+    """Parity: attention by definition, to what e4m3 leaves of q, k, v and weights; of few keys exactly."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, FEW_KEYS + 40, 2, 32) for _ in range(3))
+    exact = by_definition(q, k, v)
+    error = (emulated(q, k, v) - exact).norm() / exact.norm()
+    assert 0.01 < error < 0.1
+    few = k[:, :100], v[:, :100]
+    torch.testing.assert_close(emulated(q, *few), by_definition(q, *few))
+
+
 def test_a_package_that_does_not_load(machine: Machine) -> None:
     """Fault: a wheel of another torch is passed over by auto, and is an error when asked for."""
     machine.install("fa3_fwd_interface", "raise ImportError('undefined symbol: c10')\n")
@@ -165,6 +201,25 @@ def test_a_kernel_that_cannot_run_is_an_error_with_the_mend(
     reason = why_absent(name, device, dtype)
     assert reason
     assert reason in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_eight_bits_on_a_gpu() -> None:
+    """Parity: fa3 in e4m3 is nearer to its emulation than that is to the exact; heads of very different size."""
+    device = torch.device("cuda")
+    if reason := why_absent("fa3-fp8", device, torch.bfloat16):
+        pytest.skip(reason)
+    sizes = torch.tensor([0.1, 1.0, 10.0, 100.0], device=device)[:, None]
+    q, k, v = (torch.randn(2, 1500, 4, 128, device=device).bfloat16() for _ in range(3))
+    v = (v * sizes).bfloat16()
+    out = attention(q, k, v, kernel=choose_kernel("fa3-fp8", device, torch.bfloat16))
+    assert out.dtype == torch.bfloat16
+    alike, exact = (f(*(x.float() for x in (q, k, v))) / sizes for f in (emulated, by_definition))
+    ours = out.float() / sizes
+    lost = (alike - exact).norm()
+    assert (ours - exact).norm() < 1.5 * lost
+    assert (ours - alike).norm() < 0.5 * lost
 
 
 @pytest.mark.gpu

@@ -97,6 +97,15 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
     assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_fold", "_softmax"})
 
 
+def test_attention_in_eight_bits(compiled: Compiled) -> None:
+    """Queries of all tokens by themselves, and of those whose q, k and v lie together as ranks exchange them."""
+    from flashtalk_cli.models.kernels import heads
+
+    for x in (meta(1, 12096, 40, 128, dtype=BF16), meta(1, 12096, 3, 10, 128, dtype=BF16)[:, :, 1]):
+        assert heads.quantise(x).scales.shape == (1, x.shape[2])
+    assert_machine_code(compiled, {"_peaks", "_quantise_heads"})
+
+
 @torch.no_grad()
 def test_a_decode(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first latent, the second and those after it; every convolution is given its kernel channels-last."""

@@ -47,7 +47,7 @@ VALUES = {
     "precision.dit": st.sampled_from(["float32", "bfloat16", "fp8"]),
     "precision.vae": st.sampled_from(["float32", "bfloat16"]),
     "compute.device": st.sampled_from(["auto", "cpu", "cuda"]),
-    "compute.attention": st.sampled_from(["auto", "fa3", "flash", "cudnn", "sdpa"]),
+    "compute.attention": st.sampled_from(["auto", "fa3", "fa3-fp8", "flash", "cudnn", "sdpa"]),
     "compute.gpus": st.just("all") | st.integers(1, 1024),
     "compute.ulysses": st.none() | st.integers(1, 64),
     "compute.engine": st.sampled_from(["torch", "xfuser"]),

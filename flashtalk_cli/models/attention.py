@@ -4,11 +4,12 @@ A kernel takes q [B, N, heads, head_dim] and k, v [B, M, heads, head_dim] of one
 returns [B, N, heads, head_dim]: softmax(q k^T / sqrt(head_dim)) v, no mask. It is chosen
 once, when a model is loaded; no call asks again what machine it runs on.
 
-    fa3    package fa3-fwd: FlashAttention 3, Hopper GPUs, bfloat16, forward only
-    flash  package flash-attn: FlashAttention 2, Ampere GPUs and later, half precision
-    cudnn  torch's scaled_dot_product_attention, by cuDNN wherever it takes the sizes, half precision
-    sdpa   torch's scaled_dot_product_attention, any device and dtype; for many keys in bfloat16 on a
-           CPU, without gradients, two matrix products and a softmax in its place
+    fa3      package fa3-fwd: FlashAttention 3, Hopper GPUs, bfloat16, forward only
+    fa3-fp8  the same with self-attention's q, k and v in e4m3: never taken but when asked for by name
+    flash    package flash-attn: FlashAttention 2, Ampere GPUs and later, half precision
+    cudnn    torch's scaled_dot_product_attention, by cuDNN wherever it takes the sizes, half precision
+    sdpa     torch's scaled_dot_product_attention, any device and dtype; for many keys in bfloat16 on a
+             CPU, without gradients, two matrix products and a softmax in its place
 
 On one H200, self-attention over 12,096 tokens of 40 x 128 in bfloat16 ran at 677 (fa3), 567
 (cudnn) and 357 (the FlashAttention 2 inside torch) TFLOP/s.
@@ -29,10 +30,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashtalk_cli.errors import DeviceError
+from flashtalk_cli.models import attention_fp8
 
 log = logging.getLogger(__name__)
 
 KERNEL_NAMES = ("fa3", "cudnn", "flash", "sdpa")  # in the order in which `auto` looks, from Hopper on
+ROUNDING = ("fa3-fp8",)  # and those that it never takes
 BEFORE_HOPPER = ("flash", "cudnn", "sdpa")  # and on GPUs that FlashAttention 2 was written for
 MANY_KEYS = 128  # from here on two products are faster than a fused kernel on a CPU
 MAX_SCORES = 1 << 22  # numbers: 8 MB of bfloat16
@@ -114,10 +117,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: AttentionKernel = SDPA
 
 def _from_package(name: str, module: str) -> AttentionKernel:
     flash_attn_func = importlib.import_module(module).flash_attn_func
+    if name in ROUNDING:
+        return AttentionKernel(name, attention_fp8.attention_by(flash_attn_func))
     return AttentionKernel(name, lambda q, k, v: flash_attn_func(q, k, v, causal=False))
 
 
-_PACKAGES = {"fa3": ("fa3-fwd", "fa3_fwd_interface"), "flash": ("flash-attn", "flash_attn")}
+_PACKAGES = {
+    "fa3": ("fa3-fwd", "fa3_fwd_interface"),
+    "fa3-fp8": ("fa3-fwd", "fa3_fwd_interface"),
+    "flash": ("flash-attn", "flash_attn"),
+}
 
 
 def why_absent(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -126,11 +135,11 @@ def why_absent(name: str, device: torch.device, dtype: torch.dtype) -> str | Non
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, this is {device.type!r}: take 'sdpa' or 'auto'"
-    if dtype not in HALF_PRECISION or (name == "fa3" and dtype != torch.bfloat16):
+    if dtype not in HALF_PRECISION or (name.startswith("fa3") and dtype != torch.bfloat16):
         return f"it does not compute in {dtype}: set precision.dit to bfloat16, or take 'sdpa'"
     capability = torch.cuda.get_device_capability(device)
-    needed = {"fa3": HOPPER, "flash": AMPERE, "cudnn": AMPERE}[name]
-    if capability < needed or (name == "fa3" and capability >= BLACKWELL):
+    needed = HOPPER if name.startswith("fa3") else AMPERE
+    if capability < needed or (name.startswith("fa3") and capability >= BLACKWELL):
         have = ".".join(map(str, capability))
         return f"the GPU has compute capability {have}, {name!r} is built for {needed[0]}.x: take 'auto'"
     if name == "cudnn":

@@ -56,6 +56,10 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
     """
     if device.type != "cuda":
         raise DeviceError("compute.engine xfuser needs GPUs, and this run uses the CPU: take torch")
+    if attention not in KERNELS:
+        raise DeviceError(
+            f"xfuser has no compute.attention {attention}: take {', '.join(KERNELS)}, or compute.engine torch"
+        )
     if ring.ring.size > 1 and attention in WITHOUT_SUMS:
         raise DeviceError(
             f"xfuser cannot pass keys round a ring of {ring.ring.size} with compute.attention {attention}: "

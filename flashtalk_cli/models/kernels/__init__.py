@@ -2,6 +2,7 @@
 
     rows.py    residual sum and norm, RMS norm and rotation, quantisation of rows
     speech.py  attention to speech, between its products
+    heads.py   q, k and v in eight bits, for models/attention_fp8.py
     frames.py  the video VAE's passes between convolutions
     ops.py     the interface of models/token_ops.py, by the first two
 
