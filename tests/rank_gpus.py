@@ -7,6 +7,7 @@ Parts, in this order; figures are written after each, so that what comes later c
     alone      a chunk by each GPU alone, with one attention kernel and with another: the noise of bfloat16
     together   the same chunk by all: its difference from one GPU's, the same seed twice, time, peak of memory
     exchange   one DiT step, and how much of it goes by in exchanges; the all-to-alls and halos one by one
+    trace      the longest kernels of such a step, in FIGURES.trace.txt
     graph      steps recorded as CUDA graphs, collectives included
     fp8        the same in eight bits: time only
     parity     float32: small networks over NCCL equal one GPU's, for all splits
@@ -34,6 +35,7 @@ from typing import Any
 import rank_checks
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from flashtalk_cli.bench.timers import ExchangeTimer
 from flashtalk_cli.config import Canvas, Sampling
@@ -79,7 +81,9 @@ class Check:
         else:
             self.canvas, self.sampling = Canvas(), Sampling()
             folder = resolve("soulx-14b", None, random=True)
-            self.kernels = [choose_kernel(name, device, dtype) for name in ("cudnn", "sdpa")]
+            first = choose_kernel("auto", device, dtype)
+            other = "sdpa" if first.name == "cudnn" else "cudnn"
+            self.kernels = [first, choose_kernel(other, device, dtype)]
             dit = weights.load_dit(folder, device, dtype, kernel=self.kernels[0], random=True)
             vae = weights.load_vae(folder, device, dtype, random=True)
         self.dit: DiT = dit
@@ -261,8 +265,10 @@ def exchange(check: Check) -> None:
     t, h, w = check.sampling.chunk_latents, check.canvas.height_px // 16, check.canvas.width_px // 16
     length, device = t * h * w, check.ranks.device
     whole = torch.randn(3, 1, length, p.num_heads, p.head_dim, device=device).to(check.dit.dtype)
-    q, k, v = (sequence.shard(x, 1) for x in whole)
-    u = sequence.ulysses.size
+    q = sequence.shard(whole[0], 1)
+    u, room = sequence.ulysses.size, sequence.room(q.flatten(2))
+    assert room is not None
+    room.normal_()
     packed = torch.randn(u, 3, *q.shape[:2], p.num_heads // u, p.head_dim, device=device).to(q.dtype)
     tile = torch.randn(1, 4, check.canvas.height_px // 2, check.canvas.width_px, 96, device=device).to(
         q.dtype
@@ -271,7 +277,9 @@ def exchange(check: Check) -> None:
     each = {
         "all-to-all of q, k, v": lambda: sequence.ulysses.all_to_all(packed),
         "all-to-all of the result": lambda: sequence.ulysses.all_to_all(packed[:, 0]),
-        "attention with its exchanges": lambda: sequence.attend(check.dit.kernel, q, k, v, length),
+        "attention with its exchanges": lambda: sequence.attend_room(
+            check.dit.kernel, room, p.head_dim, length
+        ),
         "attention without": lambda: check.dit.kernel(*heads),
         "halo of 4 frames, 96 channels": lambda: check.mesh.tiles.halo(tile, 1, 1),
         "the padding alone": lambda: torch.nn.functional.pad(tile, (0, 0, 1, 1, 1, 1)),
@@ -303,6 +311,27 @@ def graph(check: Check) -> None:
     check.held(same, "a recorded step gives the same bits")
     check.measured(f"with graphs {times} ms a chunk, without {plain['ms']}; recorded: {works}")
     graphs.clear()  # before the communicator that they use is ended
+
+
+@torch.no_grad()
+def trace(check: Check) -> None:
+    """The longest kernels of a step of rank 0, beside the figures in a file of their own."""
+    run = one_step(check, check.shared, Given.of(check, check.shared))
+    run()
+    on_gpu = check.ranks.device.type == "cuda"
+    kinds, spent = (ProfilerActivity.CUDA, "device") if on_gpu else (ProfilerActivity.CPU, "cpu")
+    synchronize(check.ranks.device)
+    with profile(activities=[kinds]) as found:
+        run()
+        synchronize(check.ranks.device)
+    rows = [(e.key, e.count, getattr(e, f"self_{spent}_time_total") / 1e3) for e in found.key_averages()]
+    rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
+    lines = [f"{ms:10.3f} ms {n:6} x {1e3 * ms / n:9.1f} us  {name[:150]}" for name, n, ms in rows[:40]]
+    total_ms, count = sum(ms for *_, ms in rows), sum(n for _, n, _ in rows)
+    check.figures["trace"] = {"device_ms": total_ms, "kernels": count}
+    check.measured(f"a step of rank 0: {total_ms:.1f} ms in {count} kernels, exchanges' waiting counted")
+    if check.ranks.leads:
+        check.path.with_suffix(".trace.txt").write_text("\n".join(lines) + "\n")
 
 
 def fp8(check: Check) -> None:
@@ -346,7 +375,7 @@ def parity(check: Check) -> None:
         check.held(error < EXACT, f"float32 {kind}: {error:.1e} from one GPU's; allowed {EXACT:.0e}")
 
 
-PARTS = (alone, together, exchange, graph, fp8, parity)
+PARTS = (alone, together, exchange, trace, graph, fp8, parity)
 
 
 def end(verdict: Verdict) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.models import fp8, rope, vae_blocks
-from flashtalk_cli.models.attention import KERNEL_NAMES, choose_kernel, why_absent
+from flashtalk_cli.models.attention import KERNEL_NAMES, ROUNDING, choose_kernel, why_absent
 from flashtalk_cli.models.audio import AudioCrossAttention
 from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.models.kernels import frames, rows
@@ -125,7 +125,7 @@ def attentions(bench: Bench) -> None:
     p = DIT
     q = draw(1, TOKENS, p.num_heads, p.head_dim)
     text, image = (draw(1, n, p.num_heads, p.head_dim) for n in (p.text_len, 257))
-    for name in KERNEL_NAMES:
+    for name in (*KERNEL_NAMES, *ROUNDING):
         reason = why_absent(name, DEVICE, BF16)
         if reason is not None:
             bench.report.add(f"attention, {name}", absent=reason)
