@@ -41,7 +41,7 @@ HOST = socket.gethostname()
 # killed while rank 1 is stopped, which is the hardest case: it cannot see that they are gone.
 INSIDE = ("raises", "killed", "sleeps", "stopped", "memory")
 OUTSIDE = {"parent": "parent", "torchrun": "torchrun", "asked": "parent"}  # fault: who gets the signal
-SLOW = ("memory", "stopped", "torchrun", "asked")  # not slow in themselves, but each run costs a start of torch thrice
+SLOW = ("memory", "stopped", "torchrun", "asked")  # in no way special, but each costs three starts of torch
 
 
 @dataclass
