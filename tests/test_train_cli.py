@@ -3,7 +3,7 @@ export, and `flashtalk render` with what came out (contract); footage is filtere
 ended; several ranks compute what one does (parity); what cannot work is told in one line (faults).
 
 Starting Python and torch takes longer than any of these tasks, so most run in this process, in place of a worker;
-in processes of their own, as a user's, run those on two ranks and the one that is interrupted."""
+in processes of their own, as a user's, run people on two ranks and the training that is interrupted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from thread_ranks import Table, ThreadRanks, on_ranks
 from toy_training import TRAIN, write_bank, write_presets
 
 from flashtalk_cli import launch
@@ -31,11 +32,11 @@ from flashtalk_cli.distill.config import TrainJob
 from flashtalk_cli.distill.shards import read_shard
 from flashtalk_cli.distill.work import Work
 from flashtalk_cli.events import Emitter, Event
-from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.rendering import Worker, render
 from flashtalk_cli.serving import NOWHERE
 
 ASSETS = Path(__file__).parent.parent / "flashtalk_cli" / "assets"
+RANKS_S = 120.0  # what a rank waits for another
 RANK_CHECK = Path(__file__).with_name("train_ranks.py")
 
 
@@ -58,25 +59,33 @@ class Telling(Emitter):
         self._tell(happened)
 
 
-def work_here(job: TrainJob | RenderJob, on_event: Callable[[Event], None], **_: object) -> int:
+def work_here(
+    job: TrainJob | RenderJob, on_event: Callable[[Event], None], *, processes: int = 1, **_: object
+) -> int:
     """In place of `launch.run`: the task itself, whose errors are those that a worker would send."""
-    ranks, emitter, stop = Ranks(torch.device("cpu")), Telling(on_event), threading.Event()
-    if isinstance(job, RenderJob):
-        return render(Worker(job, ranks, emitter), job, stop, NOWHERE)
-    return tasks.run(Work(job, ranks, emitter, stop))
+    table, stop = Table(processes, RANKS_S), threading.Event()
+
+    def work(rank: int) -> int:
+        emitter = Telling(on_event) if rank == 0 else Emitter(None)
+        ranks = ThreadRanks(torch.device("cpu"), processes, rank, table=table)
+        if isinstance(job, RenderJob):
+            return render(Worker(job, ranks, emitter), job, stop, NOWHERE)
+        return tasks.run(Work(job, ranks, emitter, stop))
+
+    return on_ranks(processes, work)[0]
 
 
 def run_here(*arguments: object) -> int:
-    """`flashtalk` with these arguments, and no other process."""
+    """`flashtalk` with these arguments, and no other process: its ranks are threads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "run", work_here)
         return run(list(map(str, arguments)))
 
 
-def flashtalk(toy: Path, *arguments: object) -> int:
-    """`flashtalk train` with these arguments; with --gpus in processes of its own."""
+def flashtalk(toy: Path, *arguments: object, apart: bool = False) -> int:
+    """`flashtalk train` with these arguments; `apart`: in processes of its own."""
     line = ["train", *map(str, arguments), "--preset", str(toy / "train.yaml"), "--device", "cpu"]
-    return run(line) if "--gpus" in line else run_here(*line)
+    return run(line) if apart else run_here(*line)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +114,7 @@ def test_people_go_on_where_they_ended(trained: Path) -> None:
     before = {path.name: read_shard(path) for path in sorted(made.glob("shard-*"))}
     times = {path.name: path.stat().st_mtime_ns for path in made.glob("shard-*")}
     arguments = ["people", made, "--speech", trained / "bank", "--clips", 4]
-    assert flashtalk(trained, *arguments, "--gpus", 2) == 0
+    assert flashtalk(trained, *arguments, "--gpus", 2, apart=True) == 0
     whole, short = sorted(made.glob("shard-*"))
     assert whole.stat().st_mtime_ns == times[whole.name]
     after = read_shard(short)

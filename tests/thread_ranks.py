@@ -1,7 +1,8 @@
-"""Ranks as threads of one process, for property tests: groups whose exchanges meet in memory."""
+"""Ranks as threads of one process: groups whose exchanges meet in memory, and runs without torchrun."""
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtalk_cli.parallel.group import Group
+from flashtalk_cli.parallel.ranks import Ranks
 
 T = TypeVar("T")
 MEET_S = 20.0
@@ -20,9 +22,9 @@ MEET_S = 20.0
 class Table:
     """Where the ranks of a group lay things down for one another."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, meet_s: float = MEET_S) -> None:
         self.laid: list[object] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=MEET_S)
+        self.barrier = threading.Barrier(size, timeout=meet_s)
 
     def swap(self, rank: int, what: T) -> list[T]:
         """What everybody laid down, in order."""
@@ -68,6 +70,23 @@ class ThreadGroup(Group):
         assert {peer: x.shape for peer, x in found.items()} == dict(incoming)
         assert not [rank for rank in range(self.size) if rank not in incoming and self.rank in mail[rank]]
         return found
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """The processes of a run as threads, as far as they only coordinate; what they hand on can be pickled."""
+
+    table: Table = field(default_factory=lambda: Table(1), compare=False)
+
+    def wait(self) -> None:
+        self.table.swap(self.rank, None)
+
+    def any(self, here: bool) -> bool:
+        return any(self.table.swap(self.rank, here))
+
+    def to_leader(self, value: T) -> list[T]:
+        found = self.table.swap(self.rank, pickle.dumps(value))
+        return [pickle.loads(each) for each in found] if self.leads else []
 
 
 def on_ranks(size: int, work: Callable[[int], T]) -> list[T]:
