@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from flashtalk_cli.models import fp8, rope, vae_blocks
+from flashtalk_cli.models.attention_fp8 import hadamard
 from flashtalk_cli.models.fp8 import Rows
 from flashtalk_cli.models.kernels import frames as kernel_frames
 from flashtalk_cli.models.kernels import heads as kernel_heads
@@ -191,6 +192,23 @@ def test_heads_in_eight_bits(b: int, n: int, heads: int, width: int, dtype: torc
     expected = x.float().abs().amax((1, 3)).clamp_min(fp8.SMALLEST_PEAK) / fp8.LARGEST
     torch.testing.assert_close(scales, expected)
     values = (x.float() / expected[:, None, :, None]).to(torch.float8_e4m3fn)
+    assert_near(Rows(ours, scales), Rows(values, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_heads_mixed(dtype: torch.dtype) -> None:
+    """Each head times its signs, which keep its products: what is quantised is as long as what was given."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter makes products of bfloat16's bits")
+    x, signs = draw(2, 70, 3, 32, dtype=dtype), hadamard(32, DEVICE, dtype)
+    assert signs is not None
+    mixed = x.float() @ signs.float() / 32**0.5
+    torch.testing.assert_close(mixed.norm(dim=-1), x.float().norm(dim=-1))
+    ours, scales = kernel_heads.quantise(x, signs)
+    expected = mixed.abs().amax((1, 3)) / fp8.LARGEST
+    torch.testing.assert_close(scales, expected)
+    values = (mixed / expected[:, None, :, None]).to(torch.float8_e4m3fn)
     assert_near(Rows(ours, scales), Rows(values, expected))
 
 

@@ -161,12 +161,18 @@ def test_eight_bits_are_for_many_keys(machine: Machine) -> None:
 
 
 def test_eight_bits_emulated() -> None:
-    """Parity: attention by definition, to what e4m3 leaves of q, k, v and weights; of few keys exactly."""
+    """Parity: attention by definition, to what e4m3 leaves of q, k, v and weights; of few keys exactly.
+
+    Of channels that are much louder than others too: they are mixed.
+    """
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, FEW_KEYS + 40, 2, 32) for _ in range(3))
-    exact = by_definition(q, k, v)
-    error = (emulated(q, k, v) - exact).norm() / exact.norm()
-    assert 0.01 < error < 0.1
+    loud = torch.ones(32)
+    loud[3] = 8
+    for size in (torch.ones(32), loud / loud.norm() * 32**0.5):
+        exact = by_definition(q * size, k * size, v)
+        error = (emulated(q * size, k * size, v) - exact).norm() / exact.norm()
+        assert 0.01 < error < 0.07
     few = k[:, :100], v[:, :100]
     torch.testing.assert_close(emulated(q, *few), by_definition(q, *few))
 

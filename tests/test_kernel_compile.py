@@ -102,7 +102,8 @@ def test_attention_in_eight_bits(compiled: Compiled) -> None:
     from flashtalk_cli.models.kernels import heads
 
     for x in (meta(1, 12096, 40, 128, dtype=BF16), meta(1, 12096, 3, 10, 128, dtype=BF16)[:, :, 1]):
-        assert heads.quantise(x).scales.shape == (1, x.shape[2])
+        for signs in (None, meta(128, 128, dtype=BF16)):
+            assert heads.quantise(x, signs).scales.shape == (1, x.shape[2])
     assert_machine_code(compiled, {"_peaks", "_quantise_heads"})
 
 
