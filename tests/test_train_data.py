@@ -141,7 +141,7 @@ def test_talks_follow_each_other(made) -> None:
     folder, _, _, pool = made
     bucket = pool.buckets[0]
     assert sorted(bucket.run.tolist(), reverse=True) == [4, 3, 2, 2, 1, 1]
-    talk = bucket.draw_talk(8, 3, torch.Generator().manual_seed(0))
+    talk = bucket.talk_of(bucket.draw_people(8, 3, torch.Generator().manual_seed(0)), 3)
     latents = bucket.rows["latents"].take(torch.arange(6)).float()
     for i in range(8):
         places = [next(n for n in range(6) if torch.equal(latents[n][:, :2], real[i])) for real in talk.real]

@@ -20,7 +20,7 @@ from flashtalk_cli.distill import adapt, checkpoint, dmd, memory, networks, shar
 from flashtalk_cli.distill.config import Distill, Network, Optimiser, TrainPreset
 from flashtalk_cli.distill.metrics import Running
 from flashtalk_cli.distill.optimise import Trained, learning_rate
-from flashtalk_cli.distill.pool import Pool, open_pool
+from flashtalk_cli.distill.pool import Pool, Talk, open_pool
 from flashtalk_cli.errors import DeviceError, FlashtalkError, InputError, ModelError, OutputError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.models.attention import SDPA
@@ -235,7 +235,7 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 @pytest.mark.parametrize("kind", ["adapt", "distill"])
 def test_a_resumed_run_is_the_run_uninterrupted(toy, tmp_path: Path, kind: str) -> None:
     """Parameters, moments, average, draws: bit for bit, through a checkpoint on disk."""
-    make = {"adapt": adapt_stage, "distill": distill_stage}[kind]
+    make = {"adapt": adapt_stage, "distill": lambda toy: distill_stage(toy, carry=0.6)}[kind]
     torch.manual_seed(0)
     whole = make(toy)
     for _ in range(4):
@@ -264,7 +264,7 @@ def assert_same(wanted: object, found: object) -> None:
         assert wanted.keys() == found.keys()  # type: ignore[attr-defined]
         for key in wanted:
             assert_same(wanted[key], found[key])  # type: ignore[index]
-    elif isinstance(wanted, list):
+    elif isinstance(wanted, (list, tuple)):
         for one, other in zip(wanted, found, strict=True):  # type: ignore[call-overload]
             assert_same(one, other)
     else:
@@ -301,7 +301,8 @@ def test_stage_2_brings_the_student_to_the_teacher(toy) -> None:
 
     def miss() -> float:
         """Error of the student's one-step guess against the teacher's."""
-        talk = stage.pool.buckets[0].draw_talk(8, 1, torch.Generator().manual_seed(3))
+        bucket = stage.pool.buckets[0]
+        talk = bucket.talk_of(bucket.draw_people(8, 1, torch.Generator().manual_seed(3)), 1)
         x = torch.randn(8, 16, 4, LATENT_PX, LATENT_PX, generator=torch.Generator().manual_seed(4))
         with torch.no_grad():
             guesses = [dmd.predictor(dit, talk, 0)(x, 0.9) for dit in (stage.student.dit, stage.teacher)]
@@ -319,9 +320,12 @@ def test_motion_options(toy, clean: bool, align: bool) -> None:
     """What teacher and critic are shown of the motion: clean or noised, the student's or the clip's own."""
     stage = distill_stage(toy, clean_motion=clean, align_motion=align, first_motion="picture", chunks=2)
     where = dmd.Course(stage.pool.buckets[0], 2, kept=1, from_picture=True)
-    talk = where.bucket.draw_talk(2, 2, stage.own)
+    start = dmd.Carried(
+        where.bucket.draw_people(2, 2, stage.own), torch.randn(2, 16, 1, LATENT_PX, LATENT_PX)
+    )
+    talk = where.bucket.talk_of(start.people, 2)
     with torch.no_grad():
-        made = stage.roll_out(where, talk)
+        made = stage.roll_out(where, talk, start.motion)
     seen = stage.noised(made, talk, where)
     wanted = made.motion if align else talk.real[1]
     assert torch.equal(seen.clean[:, :, :2], wanted)
@@ -334,13 +338,37 @@ def test_motion_options(toy, clean: bool, align: bool) -> None:
     assert seen.time.max() <= high + 1e-5
 
 
+def test_rollouts_go_on_where_earlier_ones_had_come_to(toy) -> None:
+    """With `carry` the same people come again with what they had come to; what waits is bounded; without, nobody."""
+    assert not distill_stage(toy, chunks=2).carried
+    stage = distill_stage(toy, chunks=2, carry=0.8, batch=2, micro_batch=1)
+    begun: list[tuple[dmd.Course, torch.Tensor, torch.Tensor]] = []
+
+    def at_once(course: dmd.Course, talk: Talk, motion: torch.Tensor) -> dmd.Rollout:
+        """A rollout without networks: it comes to a motion of its own."""
+        begun.append((course, motion, torch.randn(1, 16, 2, LATENT_PX, LATENT_PX)))
+        return dmd.Rollout(torch.randn(1, 16, 4, LATENT_PX, LATENT_PX), begun[-1][2], (0.1, 0.9))
+
+    stage.roll_out = at_once  # type: ignore[method-assign]
+    for _ in range(20):
+        stage.update_critic()
+    again = [(course, motion) for course, motion, _ in begun if course.carried]
+    assert 0.5 < len(again) / len(begun) < 1
+    assert len(stage.carried) == min(dmd.CARRIED_UPDATES, (len(begun) - len(again)) // 2)
+    came_to = [made for _, _, made in begun]
+    for course, motion in again:
+        assert len(course.carried) == 2
+        assert any(motion is made for made in came_to)
+    assert stage.carried[-1][1][1].motion is came_to[-1]
+
+
 def test_guidance_of_one_is_the_teacher_itself(toy) -> None:
     """And the three evaluations are those of one network with something left out."""
     stage = distill_stage(toy)
     where = dmd.Course(stage.pool.buckets[0], 1, kept=0, from_picture=True)
-    talk = where.bucket.draw_talk(2, 1, stage.own)
+    talk = where.bucket.talk_of(where.bucket.draw_people(2, 1, stage.own), 1)
     with torch.no_grad():
-        seen = stage.noised(stage.roll_out(where, talk), talk, where)
+        seen = stage.noised(stage.roll_out(where, talk, talk.picture_latent), talk, where)
 
         def plain(text: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
             return adapt.velocity_of(stage.teacher, seen.x, seen.time, talk.y, text, talk.tokens, windows)

@@ -96,6 +96,7 @@ class Distill(Frozen):
     shift: float = Field(5.0, gt=0)
     chunks: int = Field(5, ge=1)  # K: a rollout has 1..K chunks, the last is scored
     first_motion: Literal["picture", "real", "mixed"] = "picture"  # what a rollout's first chunk continues
+    carry: float = Field(0.0, ge=0, lt=1)  # rollouts that go on where an earlier one had come to: see `dmd`
     clean_motion: bool = True  # teacher and critic see the motion latents clean, not noised
     align_motion: bool = True  # ... and the student's own, not those of the real clip
     text_guidance: float = Field(3.0, ge=0)

@@ -9,10 +9,16 @@ What is scored is the last of k chunks that the student made one after another o
 (rollout.py); k, the step that keeps its gradient, and what the first chunk continues are drawn
 once for all ranks, so that all do equal work. Teacher and critic look at times inside that
 step's interval.
+
+K chunks are seconds, and some faults take minutes to show. So a share of the rollouts (`carry`) may begin
+where an earlier one had come to, with the same people saying the same again: its cost is that of any
+rollout, and its past grows by k - 1 chunks each time. That is an addition to the paper's method.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +30,22 @@ from flashtalk_cli.distill import losses
 from flashtalk_cli.distill.adapt import ALONE, passes, velocity_of
 from flashtalk_cli.distill.config import Distill
 from flashtalk_cli.distill.optimise import Trained
-from flashtalk_cli.distill.pool import Bucket, Pool, Talk
+from flashtalk_cli.distill.pool import Bucket, People, Pool, Talk
 from flashtalk_cli.distill.rollout import Rollout, roll_out
 from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.sampler import Predict, hold_motion
 from flashtalk_cli.pipeline.schedule import times
+
+CARRIED_UPDATES = 16  # at most, whose rollouts wait to be gone on with
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A rollout that is not over."""
+
+    people: People
+    motion: Tensor  # [B, 16, m, h, w]: what its next chunk continues
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class Course:
     n_chunks: int
     kept: int  # the denoising step that keeps its gradient
     from_picture: bool
+    carried: tuple[Carried, ...] = ()  # one for each pass; none: new rollouts begin
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class DistillStage:
         self.accumulated, self.per_pass = passes(stage.batch, stage.micro_batch, world)
         self.points = times(sampling.steps, stage.shift)
         self.guidance = losses.Guidance(stage.text_guidance, stage.audio_guidance)
+        self.carried: deque[tuple[int, tuple[Carried, ...]]] = deque(maxlen=CARRIED_UPDATES)  # by bucket
 
     @property
     def steps(self) -> int:
@@ -127,10 +145,12 @@ class DistillStage:
         """Flow matching on what the student makes now."""
         course = self.draw_course()
         total = torch.zeros((), device=self.own.device)
-        for _ in range(self.accumulated):
-            talk = course.bucket.draw_talk(self.per_pass, course.n_chunks, self.own)
+        begun = []
+        for start in self.starts(course):
+            talk = course.bucket.talk_of(start.people, course.n_chunks)
             with torch.no_grad():
-                made = self.roll_out(course, talk)
+                made = self.roll_out(course, talk, start.motion)
+            begun.append(Carried(start.people, made.motion))
             seen = self.noised(made, talk, course)
             chunk = course.n_chunks - 1
             velocity = velocity_of(
@@ -139,21 +159,25 @@ class DistillStage:
             loss = losses.flow_matching(velocity, seen.clean, seen.noise, seen.weight) / self.accumulated
             loss.backward()
             total += loss.detach()
+        self.carry_on(course, begun)
         return {"critic_loss": total, "critic_gradient_norm": self.critic.update()}
 
     def update_student(self) -> dict[str, Tensor]:
         """One step of distribution matching."""
         course = self.draw_course()
         distance = torch.zeros((), device=self.own.device)
-        for _ in range(self.accumulated):
-            talk = course.bucket.draw_talk(self.per_pass, course.n_chunks, self.own)
-            made = self.roll_out(course, talk)
+        begun = []
+        for start in self.starts(course):
+            talk = course.bucket.talk_of(start.people, course.n_chunks)
+            made = self.roll_out(course, talk, start.motion)
+            begun.append(Carried(start.people, made.motion))
             with torch.no_grad():
                 seen = self.noised(made, talk, course)
                 real, fake = self.guesses(seen, talk, course.n_chunks - 1)
             loss, rms = losses.distribution_matching(made.clean, real, fake, seen.weight)
             (loss / self.accumulated).backward()
             distance += rms / self.accumulated
+        self.carry_on(course, begun)
         chunks = torch.tensor(float(course.n_chunks), device=distance.device)
         return {"distance": distance, "gradient_norm": self.student.update(), "chunks": chunks}
 
@@ -172,15 +196,39 @@ class DistillStage:
         kept = self._draw(len(self.points) - 1)
         coin = self._draw(2) == 0
         from_picture = {"picture": True, "real": False, "mixed": coin}[self.stage.first_motion]
-        bucket = self.pool.choose(self.shared, lambda bucket: len(bucket.chains_of(n_chunks)))
+        goes_on = float(torch.rand((), generator=self.shared)) < self.stage.carry
+        if goes_on and self.carried:
+            place, carried = self.carried.popleft()
+            return Course(self.pool.buckets[place], n_chunks, kept, from_picture, carried)
+        longest = self.longest(n_chunks)
+        bucket = self.pool.choose(self.shared, lambda bucket: len(bucket.chains_of(longest)))
         return Course(bucket, n_chunks, kept, from_picture)
 
-    def roll_out(self, course: Course, talk: Talk) -> Rollout:
+    def longest(self, n_chunks: int) -> int:
+        """Chunks that those must talk for who are drawn for n_chunks, and may be gone on with for K."""
+        return self.stage.chunks if self.stage.carry else n_chunks
+
+    def starts(self, course: Course) -> Iterator[Carried]:
+        """Whom each pass shows, and what its first chunk continues."""
+        if course.carried:
+            yield from course.carried
+            return
+        for _ in range(self.accumulated):
+            people = course.bucket.draw_people(self.per_pass, self.longest(course.n_chunks), self.own)
+            talk = course.bucket.talk_of(people, 1)
+            yield Carried(people, talk.picture_latent if course.from_picture else talk.real[0])
+
+    def carry_on(self, course: Course, begun: list[Carried]) -> None:
+        """Keep what was begun, to be gone on with."""
+        if self.stage.carry:
+            self.carried.append((self.pool.buckets.index(course.bucket), tuple(begun)))
+
+    def roll_out(self, course: Course, talk: Talk, motion: Tensor) -> Rollout:
         """The student's k chunks; the last with gradient through one step, unless gradients are off."""
         return roll_out(
             lambda chunk: predictor(self.student.dit, talk, chunk),
             self.vae,
-            talk.picture_latent if course.from_picture else talk.real[0],
+            motion,
             talk.colour,
             course.n_chunks,
             course.kept,
@@ -217,12 +265,21 @@ class DistillStage:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"student": self.student.state(), "critic": self.critic.state()}
+        carried = [
+            (place, [(one.people.window, one.people.picture, one.motion) for one in begun])
+            for place, begun in self.carried
+        ]
+        return {"student": self.student.state(), "critic": self.critic.state(), "carried": carried}
 
     def load(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
         self.student.load(state["student"])
         self.critic.load(state["critic"])
+        self.carried.clear()
+        for place, begun in state["carried"]:
+            self.carried.append(
+                (place, tuple(Carried(People(window, picture), motion) for window, picture, motion in begun))
+            )
 
     def weights(self) -> tuple[list[str], list[Tensor]]:
         """What the stage is for: names and tensors of the student's moving average."""

@@ -83,6 +83,14 @@ class Talk:
     real: list[Tensor]  # of each chunk, the first two latents of the clip there [B, 16, 2, h, w]
 
 
+@dataclass(frozen=True)
+class People:
+    """B people by number: little enough to be kept, and shown again."""
+
+    window: Tensor  # int64 [B]: the first chunk of what they say
+    picture: Tensor  # int64 [B]
+
+
 class Bucket:
     """All examples of one size."""
 
@@ -163,10 +171,14 @@ class Bucket:
             box=self.box[index],
         )
 
-    def draw_talk(self, n: int, n_chunks: int, own: Generator) -> Talk:
-        """n people who talk for n_chunks chunks, each shown by a picture outside the first of them."""
-        index = self._pick(self.chains_of(n_chunks), n, own)
-        picture = self._other(index, own)
+    def draw_people(self, n: int, n_chunks: int, own: Generator) -> People:
+        """n people who talk for n_chunks chunks or longer, each with a picture outside the first of them."""
+        window = self._pick(self.chains_of(n_chunks), n, own)
+        return People(window, self._other(window, own))
+
+    def talk_of(self, people: People, n_chunks: int) -> Talk:
+        """What they look like, and say in n_chunks chunks."""
+        index, picture = people.window, people.picture
         y, tokens = self._picture(picture)
         text = self.texts[self.text[index]]
         windows, real = [], []
