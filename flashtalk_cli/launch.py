@@ -40,7 +40,14 @@ SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 # How long GNU OpenMP's threads spin for each other before they sleep. Its own default takes the cores from
 # ffmpeg and with them the threads' own turn (a chunk took 4 to 10 times as long beside another process on
 # two cores); never to spin costs a third on a quiet machine.
-SPIN_COUNT = "2000"
+#
+# And how much freed memory glibc keeps instead of giving it back: a chunk on a CPU frees and asks for the same
+# few megabytes thousands of times, and every page that was given back costs a fault.
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "2000",
+    "MALLOC_TRIM_THRESHOLD_": "268435456",
+    "MALLOC_MMAP_THRESHOLD_": "268435456",
+}
 
 Command = Callable[[Path, Path, bool], list[str]]
 
@@ -141,7 +148,7 @@ class _Worker:
                 stdout=None if stdout else log_in,
                 stderr=log_in,
                 start_new_session=True,
-                env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ, **environment},
+                env={**ENVIRONMENT, **os.environ, **environment},
             )
         except OSError as error:
             os.close(log_out)
