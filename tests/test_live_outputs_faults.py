@@ -26,7 +26,9 @@ from live_outputs import (
 )
 
 from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.live.commands import Sending
 from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.media.live.sink_process import SinkProcess
 from flashtalk_cli.media.live.targets import parse_target
 from flashtalk_cli.media.part_file import part_path
 
@@ -136,6 +138,16 @@ def test_a_recording_whose_writer_is_killed_goes_on_in_another_file(tmp_path):
     check_claps(tmp_path / "kept-2.mp4", second // 25 + (second % 25 > 10))
     assert n_frames(tmp_path / "hls" / "index.m3u8") == 300
     assert {path.name for path in tmp_path.iterdir()} == {"kept.mp4", "kept-2.mp4", "hls"}
+
+
+def test_a_writer_that_dies_slowly_was_killed_all_the_same():
+    """Pipes close before the status can be read; what was killed in between is not taken for a fault."""
+    dying = Sending(("/bin/sh", "-c", "exec 0<&-; sleep 0.3; kill -KILL $$"))
+    process = SinkProcess(dying, str)
+    wait_for(lambda: not process.write(b"x", lambda: True))
+    assert process.runs()
+    assert process.was_killed()
+    process.kill()
 
 
 def test_an_encoder_that_never_works_is_an_error(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ class Soundtrack:
             with self._reading as reading:
                 raise InputError(f"{shown(path)}: not a sound that can be read ({cause(*reading.outcome())})")
         self.lead_frames = max(1, round(LEAD_S * fps))
+        self.written_frames = 0  # those whose sound went into the pipe
         self.read_end, self._write_end = os.pipe()
         widen(self._write_end)  # ffmpeg leaves the sound lying there until it has the pictures to it
         self._changed = threading.Condition()
@@ -79,21 +80,21 @@ class Soundtrack:
             with os.fdopen(self._write_end, "wb", buffering=0) as pipe:
                 rate_hz, n_channels = self._reading.rate_hz, self._reading.n_channels
                 _write_all(pipe, au_header(rate_hz, n_channels))
-                done_frames = 0
-                while (n_frames := self._next(done_frames)) > done_frames:
-                    due = round(n_frames * rate_hz / self._fps) - round(done_frames * rate_hz / self._fps)
+                while (n_frames := self._next()) > self.written_frames:
+                    due = round(n_frames * rate_hz / self._fps)
+                    due -= round(self.written_frames * rate_hz / self._fps)
                     samples = np.zeros((due, n_channels), ">f4")  # silence where the sound has ended
                     heard = self._reading.samples(due)
                     samples[: len(heard)] = heard
                     _write_all(pipe, samples.tobytes())
-                    done_frames = n_frames
+                    self.written_frames = n_frames
         except (OSError, ValueError) as error:  # ffmpeg ended, or the file was closed under us
             log.debug("the sound of %s was not taken to its end: %s", shown(self._path), error)
 
-    def _next(self, done_frames: int) -> int:
+    def _next(self) -> int:
         """Wait for frames to go on to, or for the end."""
         with self._changed:
-            while self._n_frames <= done_frames and not self._ended:
+            while self._n_frames <= self.written_frames and not self._ended:
                 self._changed.wait()
             return self._n_frames
 

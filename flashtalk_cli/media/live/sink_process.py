@@ -71,8 +71,14 @@ class SinkProcess:
         return self._process.poll() is None
 
     def was_killed(self) -> bool:
-        """Whether a signal from outside ended it, or a crash, and nothing that it met while writing."""
-        return self._process.poll() in KILLED
+        """Whether a signal from outside ended it, or a crash, and nothing that it met while writing.
+
+        Its pipes close some time before its status can be read, so a process that runs on is waited for.
+        """
+        try:
+            return self._process.wait(DYING_S) in KILLED
+        except subprocess.TimeoutExpired:
+            return False
 
     def stalled_s(self) -> float:
         """For how long it has taken nothing although there is something to take; else 0."""

@@ -185,7 +185,7 @@ class Sink:
             elif process.stalled_s() >= self._patience_s:
                 process.kill()
                 self._note_outage(f"took nothing for {self._patience_s:.0f} s")
-            elif process.was_killed() and self._follow is not None:
+            elif self._follow is not None and process.was_killed():
                 self._go_on(self._follow, process.cause())
             else:
                 self._note_outage(process.cause())
