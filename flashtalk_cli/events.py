@@ -93,6 +93,11 @@ def to_line(happened: Event) -> str:
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can say: null for what is no number, at any depth."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return os.fspath(value) if isinstance(value, os.PathLike) else value

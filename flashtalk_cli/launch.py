@@ -37,14 +37,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KEPT_LINES = 50
 SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 
-# How long GNU OpenMP's threads spin for each other before they sleep. Its own default takes the cores from
-# ffmpeg and with them the threads' own turn (a chunk took 4 to 10 times as long beside another process on
-# two cores); never to spin costs a third on a quiet machine.
+# How long GNU OpenMP's threads spin for each other before they sleep: about a millisecond. A fifth of its own
+# default leaves ffmpeg its turn; a twentieth of this costs a fifth more time a chunk on two cores. Where others
+# use the cores as well it is the number of threads that gives way, see pipeline/cores.py.
 #
 # And how much freed memory glibc keeps instead of giving it back: a chunk on a CPU frees and asks for the same
 # few megabytes thousands of times, and every page that was given back costs a fault.
 ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "2000",
+    "GOMP_SPINCOUNT": "50000",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_MMAP_THRESHOLD_": "268435456",
 }

@@ -33,6 +33,7 @@ from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.split import Split, split
 from flashtalk_cli.pipeline import chunks
+from flashtalk_cli.pipeline.cores import free_cores
 from flashtalk_cli.pipeline.delivery import Delivery
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
 from flashtalk_cli.pipeline.streams import Beside, Graphs
@@ -125,6 +126,7 @@ class Worker:
             # Several ranks exchange in both: in one order, so in one stream.
             beside=Beside(self.device if self.ranks.size == 1 else None),
             graphs=self._graphs(compute.engine),
+            cores=free_cores(self.device),
         )
 
     def _graphs(self, engine: str) -> Graphs | None:

@@ -3,6 +3,8 @@ how loud, and how long it took."""
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -92,6 +94,22 @@ def test_latency_is_of_the_last_frames_with_sound() -> None:
     assert summary["fill"]["p50_s"] == 0.5
     assert summary["compute"]["p50_s"] == pytest.approx(0.2)
     assert summary["delivery"]["p50_s"] == pytest.approx(0.1)
+
+
+def test_latency_may_be_asked_for_while_frames_are_sent() -> None:
+    """Who asks sees whole frames: never a total whose parts are yet to be written."""
+
+    def send(seen: Latency) -> None:
+        for index in range(1000):
+            seen.add(np.full(7, float(index)), index, index + 1, index + 2)
+
+    for _ in range(10):
+        seen = Latency(size=7000)
+        sender = threading.Thread(target=send, args=(seen,))
+        sender.start()
+        while sender.is_alive():
+            values = [value for part in seen.summary().values() for value in part.values()]
+            assert None in values or np.isfinite(np.array(values, float)).all(), values
 
 
 @pytest.mark.parametrize("level", [0.003, 0.4])

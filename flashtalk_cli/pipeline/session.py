@@ -27,6 +27,7 @@ from flashtalk_cli.models.vae_blocks import Past
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 from flashtalk_cli.pipeline.colour import Statistics, match_colour, to_lab
+from flashtalk_cli.pipeline.cores import FreeCores
 from flashtalk_cli.pipeline.marks import Mark, unmarked
 from flashtalk_cli.pipeline.sampler import denoise
 from flashtalk_cli.pipeline.schedule import times
@@ -48,6 +49,7 @@ class Models:
     tiles: Tiles = WHOLE
     beside: Beside = field(default_factory=Beside)
     graphs: Graphs | None = None  # None: every step is launched as it comes
+    cores: FreeCores | None = None  # None: threads stay as they are
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ def step(
     mark: called at the end of each part, see marks.
     """
     sampling, tiles = models.sampling, models.tiles
+    if models.cores is not None:
+        models.cores.fit()
     generator = torch.Generator("cpu")
     generator.set_state(state.noise)
     primed = state.primed

@@ -1,0 +1,108 @@
+"""Threads give way to other programs, and what is computed stays the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashtalk_cli.models.folder import resolve
+from flashtalk_cli.models.weights import load_dit
+from flashtalk_cli.parallel.sequence import Sequence
+from flashtalk_cli.pipeline import cores
+from flashtalk_cli.pipeline.cores import FreeCores, Reading, free_cores, threads_beside
+
+CPU = torch.device("cpu")
+
+
+@given(st.floats(0, 64), st.floats(0, 64), st.integers(1, 64), st.integers(1, 64))
+def test_threads_and_others_fit_the_cores(others: float, more: float, n_cores: int, most: int) -> None:
+    found = threads_beside(others, n_cores, most)
+    assert 1 <= found <= most
+    assert found + others < n_cores + 1 or found == 1
+    assert threads_beside(others + more, n_cores, most) <= found
+
+
+@pytest.mark.parametrize(("others", "threads"), [(0.0, 2), (0.15, 2), (0.5, 1), (0.99, 1), (1.5, 1)])
+def test_two_cores(others: float, threads: int) -> None:
+    """ffmpeg beside us takes turns; a program that would keep a core busy gets it."""
+    assert threads_beside(others, 2, 2) == threads
+
+
+def test_others_are_all_but_this_process() -> None:
+    """A busy process beside us counts, our own work does not; measured for half a second each."""
+    mine = {min(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else {0}
+    before = Reading.of(mine)
+    spin = "import time\nwhile time.process_time() < 0.5: pass"
+    subprocess.run([sys.executable, "-c", spin], check=True)
+    after = Reading.of(mine)
+    assert after.all_s >= before.all_s - 0.02  # counters tick a hundred times a second
+    assert after.ours_s - before.ours_s < 0.3
+    lone = Reading(before.now_s, 10.0, 3.0)
+    assert Reading(before.now_s + 2, 12.0, 5.0).others_since(lone) == 0
+    assert Reading(before.now_s + 2, 13.0, 4.0).others_since(lone) == 1
+
+
+def test_threads_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look while others are busy, one when they are done; two looks at once are one."""
+    used = {"others": 0.0, "now": 0.0, "all": 0.0}
+
+    def reading(_: set[int]) -> Reading:
+        return Reading(used["now"], used["all"], 0.0)
+
+    monkeypatch.setattr(Reading, "of", staticmethod(reading))
+    monkeypatch.setattr(cores, "_allowed", lambda: {0, 1, 2, 3})
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        fitting = FreeCores()
+        for others, threads in ((0.0, 4), (2.0, 2), (9.0, 1), (1.0, 3), (0.0, 4)):
+            used["now"] += 1.0
+            used["all"] += others
+            fitting.fit()
+            assert torch.get_num_threads() == threads
+            used["now"] += cores.LEAST_S / 2
+            used["all"] += 4.0
+            fitting.fit()
+            assert torch.get_num_threads() == threads
+            used["all"] -= 4.0
+            used["now"] -= cores.LEAST_S / 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_who_sets_the_number_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert free_cores(CPU) is None
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert free_cores(torch.device("cuda")) is None
+    assert isinstance(free_cores(CPU), FreeCores)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    """The embedded network's blocks in the precision this machine takes: one thread and two give the same."""
+    dit = load_dit(resolve("mini"), CPU, torch.bfloat16)
+    weight = dit.params
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    text = draw(5, weight.text_dim).bfloat16()
+    image = draw(1, 17, weight.image_dim).bfloat16()
+    windows = draw(1, 33, 5, weight.audio_layers, weight.audio_dim).bfloat16()
+    x, y, t = draw(1, 16, 9, 18, 18), draw(1, 20, 9, 18, 18), torch.tensor([500.0])
+    before, outs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                outs.append(dit(x, t, y, dit.condition(text, image), dit.hear(windows), Sequence()))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
