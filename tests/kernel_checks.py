@@ -14,14 +14,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import fp8, rope, vae_blocks
 from flashtalk_cli.models.attention_fp8 import hadamard
+from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.fp8 import Rows
 from flashtalk_cli.models.kernels import frames as kernel_frames
 from flashtalk_cli.models.kernels import heads as kernel_heads
 from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.models.vae import Vae, VaeParams
+from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -221,6 +224,32 @@ def test_a_layer_in_eight_bits() -> None:
     exact = rows.in_float32() @ (small.weight.float() * small.scale).T + small.bias.float()
     assert_near(small(rows), exact.bfloat16())
     assert (small(rows).float() - layer(x).float()).norm() < 0.05 * layer(x).float().norm()
+
+
+@pytest.mark.parametrize("videos", [1, 3])
+@pytest.mark.parametrize("arranged", [True, False])  # as loaded, and as while training
+@torch.no_grad()
+def test_a_whole_network(videos: int, arranged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity: velocities of one video and of three, each at its own time, with every kernel and without one."""
+    torch.manual_seed(0)
+    sizes = DitParams(
+        dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4,
+        intermediate_dim=8, output_dim=8, context_tokens=2, audio_layers=2, audio_dim=6, image_dim=10,
+    )  # fmt: skip
+    dit = DiT(sizes).eval().to(DEVICE)
+    for weight in dit.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    if arranged:
+        dit.arrange(eight_bits=False)
+    context = dit.condition(draw(videos, 3, 8), draw(videos, 5, 10))
+    heard = dit.hear(draw(videos, 9, 5, 2, 6))
+    x, y = draw(videos, 16, 3, 4, 6), draw(videos, 20, 3, 4, 6)
+    t = torch.linspace(100, 900, videos, device=DEVICE)
+    velocities = []
+    for ops in (FUSED, PLAIN):
+        monkeypatch.setattr(dit_module, "token_ops", lambda _, ops=ops: ops)
+        velocities.append(dit(x, t, y, context, heard, Sequence()))
+    torch.testing.assert_close(*velocities, rtol=1e-3, atol=1e-3 * float(velocities[1].std()))
 
 
 # The VAE's passes between convolutions

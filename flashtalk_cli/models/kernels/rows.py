@@ -89,6 +89,7 @@ def _sum_norm(  # type: ignore[no-untyped-def]
     n_rows,
     gate_step,
     weight_step,
+    bias_step,
     eps,
     DIM: tl.constexpr,
     PIECE: tl.constexpr,
@@ -123,7 +124,7 @@ def _sum_norm(  # type: ignore[no-untyped-def]
             channel = index * PIECE + tl.arange(0, PIECE)
             inside = channel < DIM
             w = tl.load(weight + video * weight_step + channel, inside, other=0.0).to(tl.float32)
-            b = tl.load(bias + video * weight_step + channel, inside, other=0.0).to(tl.float32)
+            b = tl.load(bias + video * bias_step + channel, inside, other=0.0).to(tl.float32)
             out = (values[index] - mean) * scale * w + b  # beyond the width 0, as w and b are
             if QUANTISE:
                 outs = outs + (out,)  # type: ignore[assignment]  # noqa: RUF005
@@ -237,12 +238,11 @@ def sum_norm(
         scales = x.new_empty(videos, n_rows, 1, dtype=torch.float32) if quantise else None
     weight, weight_step = _vectors(weight, videos)
     bias, bias_step = _vectors(bias, videos)
-    assert bias_step == weight_step, (bias_step, weight_step)
     gate, gate_step = _vectors(gate, videos)
     piece, warps = pieces(dim)
     _sum_norm[(n_rows, videos)](
         *(x, None if y is None else y.contiguous(), gate, total, weight, bias, normal, scales),
-        *(n_rows, gate_step, weight_step, eps, dim, piece),
+        *(n_rows, gate_step, weight_step, bias_step, eps, dim, piece),
         *(y is not None, gate is not None, weight is not None, quantise, LARGEST, SMALLEST_PEAK),
         num_warps=warps,
     )
