@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,9 +122,8 @@ class Toy(torch.nn.Module):
         return self.gain[chunk] * x
 
 
-@pytest.mark.parametrize("kept", [0, 2, 3])
-def test_gradient_only_through_the_drawn_step_of_the_last_chunk(kept: int) -> None:
-    """Of all evaluations in a rollout exactly one records a gradient, and none reaches earlier chunks."""
+def test_a_rollout_has_no_gradient_and_a_guess_of_one_step_has() -> None:
+    """Chunks continue one another as in use; a step that is computed again guesses what it had guessed."""
     from flashtalk_cli.models.vae import Vae, VaeParams
     from flashtalk_cli.pipeline.colour import Statistics, to_lab
 
@@ -133,24 +134,32 @@ def test_gradient_only_through_the_drawn_step_of_the_last_chunk(kept: int) -> No
     first, _ = vae.encode(picture)
     toy = Toy(3)
     points = times(4)
-    out = rollout.roll_out(
+    colour = Statistics.of(to_lab(picture))
+    chunks = rollout.roll_out(
         lambda i: lambda x, t: toy(i, x, t),
         vae,
         first,
-        Statistics.of(to_lab(picture)),
+        colour,
         3,
-        kept,
         points,
         sampling,
         torch.Generator().manual_seed(0),
     )
-    with_gradient = [(chunk, time) for chunk, time, gradient in toy.calls if gradient]
-    assert with_gradient == [(2, points[kept].item())]
-    assert [c for c, _, _ in toy.calls] == [0] * 4 + [1] * 4 + [2] * (kept + 1)
-    assert out.motion.shape[2] == 2
-    assert out.interval == (points[kept + 1].item(), points[kept].item())
-    out.clean.square().sum().backward()
-    assert toy.gain.grad is not None
-    assert toy.gain.grad[:2].abs().max() == 0
-    assert toy.gain.grad[2].abs() > 0
-    torch.testing.assert_close(out.clean[:, :, :2], out.motion)
+    assert toy.calls == [(chunk, time, False) for chunk in range(3) for time in points[:-1].tolist()]
+    assert torch.equal(chunks[0].motion, first)
+    for before, after in itertools.pairwise(chunks):
+        with torch.no_grad():
+            assert torch.equal(after.motion, rollout.continue_from(vae, before.clean, colour, sampling))
+    last = chunks[-1]
+    assert len(last.noisy) == len(last.guesses) == 4
+    torch.testing.assert_close(last.guesses[-1], last.clean)  # the last step ends at time 0
+    for kept in range(4):
+        toy.gain.grad = None
+        again = rollout.guess(lambda x, t: toy(2, x, t), last.noisy[kept], points[kept].item(), last.motion)
+        torch.testing.assert_close(again.detach(), last.guesses[kept])
+        assert torch.equal(again[:, :, :2], last.motion)
+        again.square().sum().backward()
+        assert toy.gain.grad is not None
+        assert toy.gain.grad[:2].abs().max() == 0
+        assert toy.gain.grad[2].abs() > 0
+    assert sum(gradient for _, _, gradient in toy.calls) == 4

@@ -90,8 +90,8 @@ class Distill(Frozen):
     micro_batch: int = Field(1, ge=1)
     student: Optimiser = Optimiser(learning_rate=2e-6, beta1=0.0)
     critic: Optimiser = Optimiser(learning_rate=4e-7, beta1=0.0)
-    critic_updates: int = Field(5, ge=1)  # for each of the student's
-    critic_warmup: int = Field(0, ge=0)  # critic updates before the student's first
+    critic_updates: int = Field(5, ge=1)  # for each of the student's, from the same rollout
+    critic_warmup: int = Field(0, ge=0)  # rollouts for the critic alone, before the student's first update
     ema_decay: float = Field(0.95, ge=0, lt=1)
     shift: float = Field(5.0, gt=0)
     chunks: int = Field(5, ge=1)  # K: a rollout has 1..K chunks, the last is scored

@@ -5,10 +5,12 @@ steps without guidance. The *teacher* is frozen, and steered by guidance. The *c
 flow matching, what the student's chunks look like. Noise a chunk of the student's: where teacher
 and critic take it for different clean chunks, the student is moved towards the teacher's.
 
-What is scored is the last of k chunks that the student made one after another on its own output
-(rollout.py); k, the step that keeps its gradient, and what the first chunk continues are drawn
-once for all ranks, so that all do equal work. Teacher and critic look at times inside that
-step's interval.
+What moves the student is the last of k chunks that it made one after another on its own output
+(rollout.py), by one of its steps. k, that step, and what the first chunk continues are drawn once for
+all ranks, so that all do equal work. Teacher and critic look at times inside the step's interval.
+
+A rollout costs many times what an update does, so the critic learns from the same one before, from
+each of its chunks in turn, the last first: whatever it has seen then is the student's of this moment.
 
 K chunks are seconds, and some faults take minutes to show. So a share of the rollouts (`carry`) may begin
 where an earlier one had come to, with the same people saying the same again: its cost is that of any
@@ -20,6 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +34,13 @@ from flashtalk_cli.distill.adapt import ALONE, passes, velocity_of
 from flashtalk_cli.distill.config import Distill
 from flashtalk_cli.distill.optimise import Trained
 from flashtalk_cli.distill.pool import Bucket, People, Pool, Talk
-from flashtalk_cli.distill.rollout import Rollout, roll_out
+from flashtalk_cli.distill.rollout import Made, guess, roll_out
 from flashtalk_cli.models.dit import DiT
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.sampler import Predict, hold_motion
 from flashtalk_cli.pipeline.schedule import times
 
-CARRIED_UPDATES = 16  # at most, whose rollouts wait to be gone on with
+CARRIED_ROLLOUTS = 16  # at most, that wait to be gone on with
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,21 @@ class Carried:
 
 @dataclass(frozen=True)
 class Course:
-    """What is drawn once for an update, the same on all ranks."""
+    """What is drawn once for a rollout, the same on all ranks."""
 
     bucket: Bucket
     n_chunks: int
-    kept: int  # the denoising step that keeps its gradient
     from_picture: bool
     carried: tuple[Carried, ...] = ()  # one for each pass; none: new rollouts begin
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A rollout of some people."""
+
+    people: People
+    talk: Talk
+    chunks: tuple[Made, ...]
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,12 @@ class DistillStage:
         self.accumulated, self.per_pass = passes(stage.batch, stage.micro_batch, world)
         self.points = times(sampling.steps, stage.shift)
         self.guidance = losses.Guidance(stage.text_guidance, stage.audio_guidance)
-        self.carried: deque[tuple[int, tuple[Carried, ...]]] = deque(maxlen=CARRIED_UPDATES)  # by bucket
+        self.carried: deque[tuple[int, tuple[Carried, ...]]] = deque(maxlen=CARRIED_ROLLOUTS)  # by bucket
+
+    @property
+    def n_steps(self) -> int:
+        """In which the student makes a chunk."""
+        return len(self.points) - 1
 
     @property
     def steps(self) -> int:
@@ -134,75 +150,69 @@ class DistillStage:
         return self.student.step_count
 
     def step(self) -> dict[str, Tensor]:
-        """The critic's updates and one of the student's; what to log, on the device."""
-        n_critic = self.stage.critic_updates + (self.stage.critic_warmup if self.step_count == 0 else 0)
-        found: dict[str, Tensor] = {}
-        for _ in range(n_critic):
-            found = self.update_critic()
-        return found | self.update_student()
+        """A rollout, the critic's updates and one of the student's; what to log, on the device."""
+        if self.step_count == 0:
+            for _ in range(self.stage.critic_warmup):
+                self.update_critic(self.roll_out(self.draw_course()))
+        rolled = self.roll_out(self.draw_course())
+        return self.update_critic(rolled) | self.update_student(rolled)
 
-    def update_critic(self) -> dict[str, Tensor]:
-        """Flow matching on what the student makes now."""
-        course = self.draw_course()
-        total = torch.zeros((), device=self.own.device)
-        begun = []
-        for start in self.starts(course):
-            talk = course.bucket.talk_of(start.people, course.n_chunks)
-            with torch.no_grad():
-                made = self.roll_out(course, talk, start.motion)
-            begun.append(Carried(start.people, made.motion))
-            seen = self.noised(made, talk, course)
-            chunk = course.n_chunks - 1
-            velocity = velocity_of(
-                self.critic.dit, seen.x, seen.time, talk.y, talk.text, talk.tokens, talk.windows[chunk]
-            )
-            loss = losses.flow_matching(velocity, seen.clean, seen.noise, seen.weight) / self.accumulated
-            loss.backward()
-            total += loss.detach()
-        self.carry_on(course, begun)
-        return {"critic_loss": total, "critic_gradient_norm": self.critic.update()}
+    def update_critic(self, rolled: list[Rolled]) -> dict[str, Tensor]:
+        """Flow matching on what the student makes now: an update from each chunk in turn, the last first."""
+        total, norm = (torch.zeros((), device=self.own.device) for _ in range(2))
+        n_chunks = len(rolled[0].chunks)
+        for index in range(self.stage.critic_updates):
+            chunk, kept = n_chunks - 1 - index % n_chunks, self._draw(self.n_steps)
+            total.zero_()
+            for one in rolled:
+                seen = self.noised(one, chunk, kept)
+                velocity = self.velocity(self.critic.dit, seen, one.talk, chunk)
+                loss = losses.flow_matching(velocity, seen.clean, seen.noise, seen.weight) / self.accumulated
+                loss.backward()
+                total += loss.detach()
+            norm = self.critic.update()
+        return {"critic_loss": total, "critic_gradient_norm": norm}
 
-    def update_student(self) -> dict[str, Tensor]:
+    def update_student(self, rolled: list[Rolled]) -> dict[str, Tensor]:
         """One step of distribution matching."""
-        course = self.draw_course()
+        chunk, kept = len(rolled[0].chunks) - 1, self._draw(self.n_steps)
         distance = torch.zeros((), device=self.own.device)
-        begun = []
-        for start in self.starts(course):
-            talk = course.bucket.talk_of(start.people, course.n_chunks)
-            made = self.roll_out(course, talk, start.motion)
-            begun.append(Carried(start.people, made.motion))
+        for one in rolled:
+            made, time = one.chunks[chunk], float(self.points[kept])
+            clean = guess(predictor(self.student.dit, one.talk, chunk), made.noisy[kept], time, made.motion)
             with torch.no_grad():
-                seen = self.noised(made, talk, course)
-                real, fake = self.guesses(seen, talk, course.n_chunks - 1)
-            loss, rms = losses.distribution_matching(made.clean, real, fake, seen.weight)
+                seen = self.noised(one, chunk, kept)
+                real, fake = self.guesses(seen, one.talk, chunk)
+            loss, rms = losses.distribution_matching(clean, real, fake, seen.weight)
             (loss / self.accumulated).backward()
             distance += rms / self.accumulated
-        self.carry_on(course, begun)
-        chunks = torch.tensor(float(course.n_chunks), device=distance.device)
+        chunks = torch.tensor(float(chunk + 1), device=distance.device)
         return {"distance": distance, "gradient_norm": self.student.update(), "chunks": chunks}
+
+    def velocity(self, dit: DiT, seen: Noised, talk: Talk, chunk: int) -> Tensor:
+        """What a network makes of a noised chunk, in that chunk's speech."""
+        windows = talk.windows[chunk]
+        return velocity_of(dit, seen.x, seen.time, talk.y, talk.text, talk.tokens, windows)
 
     def guesses(self, seen: Noised, talk: Talk, chunk: int) -> tuple[Tensor, Tensor]:
         """What the teacher and the critic take a noised chunk for: clean latents each."""
         t = seen.time.view(-1, 1, 1, 1, 1)
         real = guided(self.teacher, self.guidance, seen, talk, chunk)
-        fake = velocity_of(
-            self.critic.dit, seen.x, seen.time, talk.y, talk.text, talk.tokens, talk.windows[chunk]
-        )
+        fake = self.velocity(self.critic.dit, seen, talk, chunk)
         return seen.x - t * real, seen.x - t * fake
 
     def draw_course(self) -> Course:
-        """How long the rollout is, where it starts, and which step is scored."""
+        """How long the rollout is, and where it starts."""
         n_chunks = 1 + self._draw(self.stage.chunks)
-        kept = self._draw(len(self.points) - 1)
         coin = self._draw(2) == 0
         from_picture = {"picture": True, "real": False, "mixed": coin}[self.stage.first_motion]
         goes_on = float(torch.rand((), generator=self.shared)) < self.stage.carry
         if goes_on and self.carried:
             place, carried = self.carried.popleft()
-            return Course(self.pool.buckets[place], n_chunks, kept, from_picture, carried)
+            return Course(self.pool.buckets[place], n_chunks, from_picture, carried)
         longest = self.longest(n_chunks)
         bucket = self.pool.choose(self.shared, lambda bucket: len(bucket.chains_of(longest)))
-        return Course(bucket, n_chunks, kept, from_picture)
+        return Course(bucket, n_chunks, from_picture)
 
     def longest(self, n_chunks: int) -> int:
         """Chunks that those must talk for who are drawn for n_chunks, and may be gone on with for K."""
@@ -218,37 +228,41 @@ class DistillStage:
             talk = course.bucket.talk_of(people, 1)
             yield Carried(people, talk.picture_latent if course.from_picture else talk.real[0])
 
-    def carry_on(self, course: Course, begun: list[Carried]) -> None:
-        """Keep what was begun, to be gone on with."""
+    def roll_out(self, course: Course) -> list[Rolled]:
+        """The student's k chunks, for each pass; they are kept, to be gone on with."""
+        rolled = []
+        for start in self.starts(course):
+            talk = course.bucket.talk_of(start.people, course.n_chunks)
+            chunks = roll_out(
+                partial(predictor, self.student.dit, talk),
+                self.vae,
+                start.motion,
+                talk.colour,
+                course.n_chunks,
+                self.points,
+                self.sampling,
+                self.own,
+            )
+            rolled.append(Rolled(start.people, talk, chunks))
         if self.stage.carry:
-            self.carried.append((self.pool.buckets.index(course.bucket), tuple(begun)))
+            begun = tuple(Carried(one.people, one.chunks[-1].motion) for one in rolled)
+            self.carried.append((self.pool.buckets.index(course.bucket), begun))
+        return rolled
 
-    def roll_out(self, course: Course, talk: Talk, motion: Tensor) -> Rollout:
-        """The student's k chunks; the last with gradient through one step, unless gradients are off."""
-        return roll_out(
-            lambda chunk: predictor(self.student.dit, talk, chunk),
-            self.vae,
-            motion,
-            talk.colour,
-            course.n_chunks,
-            course.kept,
-            self.points,
-            self.sampling,
-            self.own,
-        )
-
-    def noised(self, made: Rollout, talk: Talk, course: Course) -> Noised:
-        """The scored chunk, noised to times inside its step's interval, its motion latents as the options say.
+    def noised(self, rolled: Rolled, chunk: int, kept: int) -> Noised:
+        """A chunk as a step guessed it, noised to times inside that step's interval, its motion latents as
+        the options say.
 
         align_motion: teacher and critic continue what the student continued; else what was really
         there in the clip. clean_motion: they see it clean, as in their own training; else noised.
         """
+        made = rolled.chunks[chunk]
         motion = made.motion
         if not self.stage.align_motion and motion.shape[2] > 1:
-            motion = talk.real[course.n_chunks - 1]
-        clean = hold_motion(made.clean.detach(), motion)
+            motion = rolled.talk.real[chunk]
+        clean = hold_motion(made.guesses[kept], motion)
         noise = torch.randn(clean.shape, generator=self.own, device=self.own.device)
-        low, high = made.interval
+        high, low = self.points[kept : kept + 2].tolist()
         time = losses.draw_times(len(clean), self.stage.shift, self.own, low, high)
         x = losses.noised(clean, noise, time)
         if self.stage.clean_motion:

@@ -2,7 +2,7 @@
 
     lips        10 s of each person against the generator's truth: correlation of the gap between the
                 lips with the true gap, and at which lag it is best; again at the end of a long rollout
-    rollouts    5 minutes on end: measures.py's five figures over time, first minute against last
+    rollouts    5 minutes on end: measures.py's six figures over time, first minute against last
     silence     the same people with nothing to say: is the mouth shut, do they still move?
     recording   the same people speaking with a real person's voice: correlation of the gap with how loud the
                 voice is, which rises and falls with its syllables
@@ -69,7 +69,7 @@ class Result:
     method: Method
     lips: Lips  # over the beginning
     lips_at_end: Lips | None  # over a long rollout's last window
-    series: Tensor  # [seconds, 5]: NAMES, mean over people
+    series: Tensor  # [seconds, 6]: NAMES, mean over people
     first: dict[str, float]  # means over the first window
     last: dict[str, float]  # and the last; of a short rollout the same
     silent_gap: float  # mean gap in silence over the mouth's width
@@ -213,12 +213,26 @@ def loudness_of(samples: np.ndarray, fps: int) -> np.ndarray:
     return np.clip(1 + loud_db / QUIET_DB, 0, 1)
 
 
-def of_truth(panel: Panel, fps: int) -> Lips:
-    """The mouth meter on the generator's own frames: what a perfect model could reach."""
+@dataclass(frozen=True)
+class Truth:
+    """The meters on the generator's own frames: what a perfect model could reach."""
+
+    lips: Lips
+    seen: dict[str, float]  # NAMES
+
+
+def of_truth(panel: Panel, reference: Reference, fps: int) -> Truth:
+    """Measure the panel's own frames."""
     widths = panel.mouth_box[:, 2] - panel.mouth_box[:, 0]
-    crops = [mouth_crops(some, panel.mouth_box) for some in panel.frames.split(fps, dim=1)]
+    crops, measured, before = [], [], panel.pictures
+    for some in panel.frames.split(fps, dim=1):
+        crops.append(mouth_crops(some, panel.mouth_box))
+        device = reference.token.device
+        measured.append(measure_frames(some.to(device), before.to(device), reference))
+        before = some[:, -1]
     gap = gaps_of(torch.cat(crops, dim=1), widths)
-    return compare_lips(gap.numpy(), panel.gap[:, : gap.shape[1]].numpy())
+    lips = compare_lips(gap.numpy(), panel.gap[:, : gap.shape[1]].numpy())
+    return Truth(lips, _named(torch.cat(measured, dim=1).mean((0, 1))))
 
 
 def per_second(values: Tensor, fps: int) -> Tensor:

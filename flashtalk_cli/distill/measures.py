@@ -5,6 +5,7 @@ Per frame, against the picture that the person was given:
     identity    cosine between the image encoder's class tokens, both less the mean of all people's, so that
                 1 is the same and 0 is anybody
     likeness    correlation of the brightness at a quarter of the size: the same things at the same places
+    face        the same of the face alone, at 32 x 32; nods and words lower it, too: see the truth's own
     sharpness   mean absolute Laplacian of the brightness, over the picture's
     colour      mean distance of L, a, b (Delta E 1976) of blocks of 16 x 16 pixels
     life        mean absolute change from the frame before, in levels of 255
@@ -21,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.distill.encoding import as_video
-from flashtalk_cli.distill.people.measure import beside_median, crop_mouths, load_meter
+from flashtalk_cli.distill.people.measure import beside_median, crop_faces, crop_mouths, load_meter
 from flashtalk_cli.models import image as image_models
 from flashtalk_cli.models.image import ImageEncoder
 from flashtalk_cli.pipeline.colour import to_lab
 
-NAMES = ("identity", "likeness", "sharpness", "colour", "life")
+NAMES = ("identity", "likeness", "face", "sharpness", "colour", "life")
 BLOCK_PX = 16
 MAX_LAG_FRAMES = 8
 CLIP_FRAMES = 250  # over which the mouth meter takes its median
@@ -41,24 +42,33 @@ class Reference:
     centre: Tensor  # [dim]: the mean class token
     token: Tensor  # [P, dim]
     small: Tensor  # [P, n]: brightness, zero mean and unit norm
+    mouth_box: Tensor  # [P, 4] px
+    face: Tensor  # [P, 1024]: brightness there, zero mean and unit norm
     sharpness: Tensor  # [P]
     blocks: Tensor  # [P, 3, h, w]
 
     @staticmethod
-    def of(pictures: Tensor, image: ImageEncoder, device: torch.device) -> Reference:
-        """pictures: uint8 [P, H, W, 3]."""
+    def of(pictures: Tensor, mouth_box: Tensor, image: ImageEncoder, device: torch.device) -> Reference:
+        """pictures: uint8 [P, H, W, 3]; mouth_box: [P, 4] px."""
         video = as_video(pictures[:, None], device)[:, :, 0]
         token = class_tokens(image, video)
         centre = token.mean(0) if len(token) > 1 else torch.zeros_like(token[0])
         luma = _luma(video)
         return Reference(
-            image, centre, token - centre, _unit(_shrink(luma)), _laplacian(luma), _blocks(video)
+            image=image,
+            centre=centre,
+            token=token - centre,
+            small=_unit(_shrink(luma)),
+            mouth_box=mouth_box,
+            face=_faces(pictures[:, None].to(device), mouth_box),
+            sharpness=_laplacian(luma),
+            blocks=_blocks(video),
         )
 
 
 @torch.no_grad()
 def measure_frames(frames: Tensor, before: Tensor, reference: Reference) -> Tensor:
-    """Measures of frames uint8 [P, T, H, W, 3], the last frame before them [P, H, W, 3]: [P, T, 5]."""
+    """Measures of frames uint8 [P, T, H, W, 3], the last frame before them [P, H, W, 3]: [P, T, 6]."""
     n_people, n_frames = frames.shape[:2]
     video = rearrange(as_video(frames, frames.device), "p c t h w -> (p t) c h w")
 
@@ -71,6 +81,7 @@ def measure_frames(frames: Tensor, before: Tensor, reference: Reference) -> Tens
         [
             F.cosine_similarity(token, each(reference.token)),
             (_unit(_shrink(luma)) * each(reference.small)).sum(1),
+            (_faces(frames, reference.mouth_box) * each(reference.face)).sum(1),
             _laplacian(luma) / each(reference.sharpness),
             (_blocks(video) - each(reference.blocks)).square().sum(1).sqrt().mean((1, 2)),
         ],
@@ -94,6 +105,11 @@ def _luma(video: Tensor) -> Tensor:
 
 def _shrink(luma: Tensor) -> Tensor:
     return F.avg_pool2d(luma, 4).flatten(1)
+
+
+def _faces(frames: Tensor, mouth_box: Tensor) -> Tensor:
+    """Brightness of faces in frames uint8 [P, T, H, W, 3]: [P T, 1024], zero mean and unit norm."""
+    return _unit(_luma(crop_faces(frames, mouth_box).flatten(0, 1)).flatten(1))
 
 
 def _unit(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flashtalk_cli.distill.evaluate import Result
+from flashtalk_cli.distill.evaluate import Result, Truth
 from flashtalk_cli.distill.measures import NAMES, Lips
 from flashtalk_cli.distill.panel import Panel
 
@@ -28,10 +28,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write(out: Path, results: Sequence[Result], truth: Lips, panel: Panel, about: dict[str, Any]) -> Path:
+def write(out: Path, results: Sequence[Result], truth: Truth, panel: Panel, about: dict[str, Any]) -> Path:
     """Write eval.json, eval.md, plots and strips into a folder; the table's path."""
     out.mkdir(parents=True, exist_ok=True)
-    found = {"about": about, "truth": vars(truth), "results": [result.summary() for result in results]}
+    own = {"lips": vars(truth.lips), "seen": truth.seen}
+    found = {"about": about, "truth": own, "results": [result.summary() for result in results]}
     (out / "eval.json").write_text(json.dumps(_finite(found), indent=1) + "\n", encoding="utf-8")
     path = out / "eval.md"
     path.write_text(table(results, truth), encoding="utf-8")
@@ -46,10 +47,11 @@ def write(out: Path, results: Sequence[Result], truth: Lips, panel: Panel, about
     return path
 
 
-def table(results: Sequence[Result], truth: Lips) -> str:
+def table(results: Sequence[Result], truth: Truth) -> str:
     """The results as a Markdown table."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
-    rows.append(("truth, by the meter", "", *_lips(truth), "", "", "", "", *("" for _ in NAMES), ""))
+    seen = (f"{truth.seen[name]:.3f}" for name in NAMES)
+    rows.append(("truth, by the meters", "", *_lips(truth.lips), "", "", "", "", *seen, ""))
     for result in results:
         kept = (f"{result.first[name]:.3f} → {result.last[name]:.3f}" for name in NAMES)
         rows.append(

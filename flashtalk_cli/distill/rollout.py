@@ -3,14 +3,14 @@
 A student that only ever continues real video meets its own mistakes for the first time when it
 is used, and they pile up from chunk to chunk. So it is trained on its own output: k chunks are
 generated one after another, each decoded to pixels, its last frames encoded again as the next
-one's motion latents, exactly as in use; only the k-th is scored, and of its denoising steps only
-one, drawn at random, keeps its gradient. The memory of a training step does not grow with k.
+one's motion latents, exactly as in use; only the k-th moves the student, and of its denoising steps
+only one, drawn at random, which is computed again for its gradient. So a rollout may be looked at
+by others before, and the memory of a training step does not grow with k.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,37 +19,40 @@ from torch import Generator, Tensor
 from flashtalk_cli.config import Sampling
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.colour import Statistics, match_colour
-from flashtalk_cli.pipeline.sampler import Predict, denoise, draw_noise, hold_motion
-from flashtalk_cli.pipeline.schedule import renoise
+from flashtalk_cli.pipeline.sampler import Predict, denoise, hold_motion
 
 LATENTS_AT_ONCE = 4  # that the VAE decodes together: fewer, larger kernels
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """The chunk that is scored."""
+class Made:
+    """A chunk that the student made, and the way there; all without gradient."""
 
-    clean: Tensor  # [B, 16, T, h, w], with gradient through one step
     motion: Tensor  # [B, 16, m, h, w], what it continued
-    interval: tuple[float, float]  # the times between which that step moves
+    clean: Tensor  # [B, 16, T, h, w]
+    noisy: tuple[Tensor, ...]  # what each step was given [B, 16, T, h, w]
+    guesses: tuple[Tensor, ...]  # the clean chunk as each step guessed it [B, 16, T, h, w]
 
 
-def predict_clean(
-    predict: Predict, motion: Tensor, n_latents: int, times: Tensor, kept: int, generator: Generator
-) -> Tensor:
-    """The student's guess of the clean chunk at its `kept`-th step; only that step has a gradient."""
-    shape = (*motion.shape[:2], n_latents, *motion.shape[3:])
-    points = times.tolist()
-    with torch.no_grad():
-        x = hold_motion(draw_noise(shape, generator, motion.device), motion)
-        for time, next_time in itertools.pairwise(points[: kept + 1]):
-            noise = draw_noise(shape, generator, motion.device)
-            x = hold_motion(renoise(x, predict(x, time), time, next_time, noise), motion)
-    clean = x - points[kept] * predict(x, points[kept])
-    return hold_motion(clean, motion)
+def guess(predict: Predict, x: Tensor, time: float, motion: Tensor) -> Tensor:
+    """The student's guess of the clean chunk, of x at that time."""
+    return hold_motion(x - time * predict(x, time), motion)
 
 
-@torch.no_grad()
+def make_chunk(predict: Predict, motion: Tensor, n_latents: int, times: Tensor, generator: Generator) -> Made:
+    """One chunk as it is made in use."""
+    noisy, guesses = [], []
+
+    def noted(x: Tensor, time: float) -> Tensor:
+        velocity = predict(x, time)
+        noisy.append(x)
+        guesses.append(hold_motion(x - time * velocity, motion))
+        return velocity
+
+    clean = denoise(noted, motion, n_latents, times, generator)
+    return Made(motion, clean, tuple(noisy), tuple(guesses))
+
+
 def continue_from(vae: Vae, clean: Tensor, colour: Statistics, sampling: Sampling) -> Tensor:
     """A finished chunk's latents -> the next one's motion latents, through pixels as in use."""
     video, _ = vae.decode(clean, latents_at_once=LATENTS_AT_ONCE)
@@ -58,27 +61,26 @@ def continue_from(vae: Vae, clean: Tensor, colour: Statistics, sampling: Samplin
     return motion.float()
 
 
+@torch.no_grad()
 def roll_out(
     predict: Callable[[int], Predict],
     vae: Vae,
     first_motion: Tensor,
     colour: Statistics,
     n_chunks: int,
-    kept: int,
     times: Tensor,
     sampling: Sampling,
     generator: Generator,
-) -> Rollout:
-    """Generate n_chunks chunks; the last with gradient through its `kept`-th step.
+) -> tuple[Made, ...]:
+    """Generate n_chunks chunks, each from the one before.
 
     predict: the student for chunk i, with that chunk's speech. first_motion: what the first one
-    continues. The draws of n_chunks and kept are the caller's: all ranks must share them.
+    continues. The draw of n_chunks is the caller's: all ranks must share it.
     """
     motion = first_motion
-    with torch.no_grad():
-        for index in range(n_chunks - 1):
-            clean = denoise(predict(index), motion, sampling.chunk_latents, times, generator)
-            motion = continue_from(vae, clean, colour, sampling)
-    clean = predict_clean(predict(n_chunks - 1), motion, sampling.chunk_latents, times, kept, generator)
-    points: Sequence[float] = times.tolist()
-    return Rollout(clean, motion, (points[kept + 1], points[kept]))
+    chunks: list[Made] = []
+    for index in range(n_chunks):
+        if chunks:
+            motion = continue_from(vae, chunks[-1].clean, colour, sampling)
+        chunks.append(make_chunk(predict(index), motion, sampling.chunk_latents, times, generator))
+    return tuple(chunks)

@@ -97,7 +97,7 @@ def distill(work: Work) -> int:
         found.adopt()
         return found
 
-    n_critic = stage.critic_warmup + stage.critic_updates * stage.steps
+    n_critic = stage.critic_updates * (stage.critic_warmup + stage.steps)
     student = learning(stage.student, stage.steps, stage.ema_decay)
     critic = learning(stage.critic, n_critic, None)
     dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
@@ -141,7 +141,7 @@ def evaluate(work: Work) -> int:
     def told(name: str, done: int, total: int) -> None:
         work.emitter.emit("progress", name="eval", done=done, total=total, unit=f"chunks of {name}")
 
-    reference = Reference.of(panel.pictures, encoders.image, device)
+    reference = Reference.of(panel.pictures, panel.mouth_box, encoders.image, device)
     bench = Bench(panel, vae, reference, plan, work.stop, told)
     mine = []
     try:
@@ -158,7 +158,7 @@ def evaluate(work: Work) -> int:
         return 0
     results = [found[place] for place in range(len(candidates))]
     about = {"preset": job.preset.name, "evaluation": plan.model_dump(), "device": device_name(device)}
-    path = write_report(job.out, results, of_truth(panel, fps), panel, about)
+    path = write_report(job.out, results, of_truth(panel, reference, fps), panel, about)
     work.emitter.emit("done", path=path, elapsed_s=time.monotonic() - started_s)
     return 0
 

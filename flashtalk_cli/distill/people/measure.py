@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 METER_FILE = Path(__file__).with_name("mouth_meter.safetensors")
 CROP_PX = 32
 CROP_SPAN = 1.25  # side of the crop over the width of the mouth's box
+FACE_SPAN, FACE_ABOVE = 3.0, 0.6  # the same of a face's, and how far its middle lies above the mouth's
 
 
 class MouthMeter(nn.Module):
@@ -56,10 +57,21 @@ class MouthMeter(nn.Module):
 
 def crop_mouths(frames: Tensor, boxes: Tensor) -> Tensor:
     """Squares around the mouths: frames uint8 [B, T, H, W, 3], boxes [B, 4] -> [B, T, 3, 32, 32] in -1..1."""
+    return _crop(frames, boxes, CROP_SPAN, 0.0)
+
+
+def crop_faces(frames: Tensor, boxes: Tensor) -> Tensor:
+    """The same of what lies around a mouth's box between brows and chin."""
+    return _crop(frames, boxes, FACE_SPAN, FACE_ABOVE)
+
+
+def _crop(frames: Tensor, boxes: Tensor, span: float, above: float) -> Tensor:
+    """Squares that are so many times as wide as the boxes, and so many widths above them."""
     batch, count, height, width, _ = frames.shape
     boxes = boxes.to(frames.device, torch.float32)
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    side = (boxes[:, 2] - boxes[:, 0]) * CROP_SPAN
+    wide = boxes[:, 2] - boxes[:, 0]
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 - torch.stack([torch.zeros_like(wide), above * wide], 1)
+    side = wide * span
     steps = (torch.arange(CROP_PX, device=frames.device) + 0.5) / CROP_PX - 0.5
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     where = centre[:, None, None] + torch.stack([x, y], -1) * side[:, None, None, None]
