@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashtalk_cli.errors import DeviceError, ModelError
 from flashtalk_cli.models import weights
-from flashtalk_cli.models.export import released_tensors, write_component, write_json
+from flashtalk_cli.models.export import released_tensors, save_tensors, write_component, write_json
 from flashtalk_cli.models.folder import COMPONENTS, STEMS, Component, ModelFolder, find, resolve
 from flashtalk_cli.models.tensors import MemorySource, PickleSource, SafetensorsSource, fill
 
@@ -444,3 +444,17 @@ def test_memory_holds_a_model_once(component: str, field: str, dtype: str, folde
     peak_bytes, model_bytes = json.loads(result.stdout)
     assert model_bytes > 90e6
     assert peak_bytes < 1.5 * model_bytes, f"{peak_bytes / 1e6:.0f} MB for {model_bytes / 1e6:.0f} MB"
+
+
+def test_a_written_file_is_for_whoever_may_read_the_others(tmp_path: Path) -> None:
+    """As the umask says, also over a private file; a disk that takes no more leaves what was there."""
+    other, path = tmp_path / "other", tmp_path / "a" / "weights.safetensors"
+    other.touch()
+    for value in (1.0, 2.0):
+        assert save_tensors(path, {"x": torch.full((3,), value)}, {"step": "1"}) == path
+        assert path.stat().st_mode == other.stat().st_mode
+        path.chmod(0o600)
+    path.with_name(f"{path.name}.part").mkdir()
+    with pytest.raises(OSError, match="part"):
+        save_tensors(path, {"x": torch.zeros(3)})
+    assert SafetensorsSource([path]).read("x").tolist() == [2.0] * 3

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from flashtalk_cli.distill.networks import whole_tensors
 from flashtalk_cli.errors import InputError, OutputError
+from flashtalk_cli.models.export import save_tensors
 from flashtalk_cli.parallel.ranks import Ranks
 
 PREFIX, WEIGHTS = "checkpoint-", "weights.safetensors"
@@ -90,11 +90,9 @@ def save_weights(
     path = out / WEIGHTS
     written = dict(whole_tensors(names, tensors, torch.bfloat16))
     if ranks.leads:
-        part = path.with_suffix(".part")
         try:
-            save_file({name: tensor.contiguous() for name, tensor in written.items()}, part, metadata=note)
+            save_tensors(path, written, note)
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror or error})") from None
-        os.replace(part, path)
     ranks.wait()
     return path

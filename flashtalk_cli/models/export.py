@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -57,14 +58,14 @@ def write_component(
             if component == "speech"
             else folder / f"{STEMS[component]}.safetensors"
         )
-        return [_save(path, tensors)]
+        return [save_tensors(path, tensors)]
     if shards == 1:
-        return [_save(folder / f"{DIT_STEM}.safetensors", tensors)]
+        return [save_tensors(folder / f"{DIT_STEM}.safetensors", tensors)]
     keys = list(tensors)
     shard_keys = [keys[i::shards] for i in range(shards)]
     names = [f"{DIT_STEM}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
     paths = [
-        _save(folder / name, {key: tensors[key] for key in part})
+        save_tensors(folder / name, {key: tensors[key] for key in part})
         for name, part in zip(names, shard_keys, strict=True)
     ]
     weight_map = {key: name for name, part in zip(names, shard_keys, strict=True) for key in part}
@@ -110,9 +111,19 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all, for whoever may read the user's other files; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part)
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = part.stat().st_mode  # what follows would be the user's alone
+    try:
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata
+        )
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from None
+    part.chmod(mode)
     os.replace(part, path)
     return path

@@ -17,12 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashtalk_cli.distill.components.pool import ClipPool
 from flashtalk_cli.distill.people.person import BEARDS, GARMENTS, HAIR_STYLES, PersonSpec
-from flashtalk_cli.models.export import released_tensors
+from flashtalk_cli.models.export import released_tensors, save_tensors
 from flashtalk_cli.models.image import ImageParams, build_image, image_layout, normalise, tokens
 from flashtalk_cli.models.weights import fill_random
 
@@ -166,6 +165,5 @@ def _seen(frame: Tensor) -> Tensor:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """The weights, float32, under their released names, the unused last block as zeros."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = released_tensors(module.cpu(), image_layout(module, MINI))
-    save_file({f"visual.{name}": value.float().contiguous() for name, value in tensors.items()}, path)
+    save_tensors(path, {f"visual.{name}": value.float() for name, value in tensors.items()})

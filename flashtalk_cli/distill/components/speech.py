@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -36,6 +35,7 @@ from flashtalk_cli.distill.components.windows import (
 )
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.phonemes import CLASSES, MOUTHS, SHAPES
+from flashtalk_cli.models.export import save_tensors
 from flashtalk_cli.models.speech import build_speech, features_of
 
 log = logging.getLogger(__name__)
@@ -226,6 +226,4 @@ def measure(
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """The weights, float32, under their released names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = deepcopy(module).float().cpu().state_dict()
-    save_file({name: value.contiguous() for name, value in kept.items()}, path)
+    save_tensors(path, deepcopy(module).float().state_dict())

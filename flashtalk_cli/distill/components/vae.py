@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor
 
+from flashtalk_cli.models.export import save_tensors
 from flashtalk_cli.models.vae import LATENT_MEAN, LATENT_STD, Vae, VaeParams
 from flashtalk_cli.parallel.spatial import WHOLE
 
@@ -187,10 +187,7 @@ def as_video(clips: Tensor) -> Tensor:
 
 def save_weights(vae: Vae, path: Path) -> None:
     """The weights in float16, under their released names: half a file, at no loss that can be measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.detach().half().cpu().contiguous() for name, value in vae.state_dict().items()}, path
-    )
+    save_tensors(path, {name: value.half() for name, value in vae.state_dict().items()})
 
 
 def _soft_abs(x: Tensor) -> Tensor:
