@@ -90,7 +90,10 @@ class Worker:
 
     def speech_encoder(self) -> SpeechEncoder:
         """Made anew."""
-        return weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        encoder = weights.load_speech_encoder(self.folder, self.device, torch.float32, random=self.random)
+        if self.device.type == "cuda" and not self.offload:  # a recording keeps its memory
+            encoder.run = Graphs()  # Python takes longer to launch it than a GPU to compute it
+        return encoder
 
     @property
     def _encoder_dtype(self) -> torch.dtype:

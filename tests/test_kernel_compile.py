@@ -94,7 +94,7 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
             meta(1, 16, LATENTS, H, W), meta(1), meta(1, 20, LATENTS, H, W), context, heard, UNDIVIDED
         )
         assert velocity.shape == (1, 16, LATENTS, H, W)
-    assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_fold", "_softmax"})
+    assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_cross", "_fold", "_softmax"})
 
 
 def test_attention_in_eight_bits(compiled: Compiled) -> None:

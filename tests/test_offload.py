@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import tiny_model
 import torch
+from dit_parts import SMALL, Inputs, random_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dit import SMALL, Inputs, random_dit
 from torch import Tensor, nn
 
 from flashtalk_cli.config import BenchJob, Preset, Speech

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models import token_ops
+from flashtalk_cli.models.attention import SDPA, KeyValue, PromptKeys
 from flashtalk_cli.models.token_ops import PLAIN
 
 
@@ -44,6 +45,22 @@ def test_gelu_within_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert once.dtype == twice.dtype == torch.bfloat16
     error, plain_error = (torch.linalg.vector_norm(y.float() - exact) for y in (once, twice))
     assert error <= plain_error < 0.004 * torch.linalg.vector_norm(exact)
+
+
+def test_few_keys_in_two_products() -> None:
+    """bfloat16 on a CPU against float32 by the kernel: prompt and picture apart, an empty row counted as often as said."""
+    torch.manual_seed(0)
+    q, text, image = (torch.randn(2, n, 3, 64) for n in (50, 7, 17))
+    said, seen = PromptKeys(text, -text, 26), KeyValue(image, image.flip(1))
+    with torch.no_grad():
+        expected = PLAIN.cross_attention(q, said, seen, SDPA)
+        half = [x.bfloat16() for x in (q, text, -text, image, image.flip(1))]
+        found = PLAIN.cross_attention(half[0], PromptKeys(*half[1:3], 26), KeyValue(*half[3:]), SDPA)
+        once = PLAIN.cross_attention(q, PromptKeys(text, -text, 1), seen, SDPA)
+    assert found.dtype == torch.bfloat16
+    off = (found.float() - expected).square().mean() / expected.square().mean()
+    assert off.sqrt() < 0.01
+    assert (once - expected).square().mean() / expected.square().mean() > 0.01
 
 
 def test_a_torch_without_the_fused_gelu(monkeypatch: pytest.MonkeyPatch) -> None:

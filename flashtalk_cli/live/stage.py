@@ -21,8 +21,6 @@ from torch import Tensor
 from flashtalk_cli.config import SAMPLE_RATE_HZ, Sampling
 from flashtalk_cli.live.loudness import RunningGain
 from flashtalk_cli.live.timeline import RATE_HZ, Taken
-from flashtalk_cli.models import weights
-from flashtalk_cli.models.speech import SpeechEncoder
 from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.session import Conditions, Models, State, begin, prepare, step, to_bytes
 
@@ -123,9 +121,7 @@ class ModelPerformer:
         self._worker = worker
         self._ranks = worker.ranks
         self._stage = stage
-        self._encoder: SpeechEncoder = weights.load_speech_encoder(
-            worker.folder, worker.device, torch.float32, random=worker.random
-        )
+        self._encoder = worker.speech_encoder()
         self._gain = RunningGain(RATE_HZ, worker.preset.hearing.loudness_lufs)
         self._lock = threading.Lock()
         self._next: Inputs | None = None

@@ -50,6 +50,23 @@ class KeyValue(NamedTuple):
     v: Tensor
 
 
+class PromptKeys(NamedTuple):
+    """Keys and values of a prompt's rows, each [B, rows, heads, head_dim].
+
+    The model attends to empty rows behind the prompt like to any other, and those are all alike: the last
+    row here stands for `times` of them.
+    """
+
+    k: Tensor
+    v: Tensor
+    times: int
+
+    def each(self) -> KeyValue:
+        """Every row by itself."""
+        k, v = (torch.cat([x, x[:, -1:].expand(-1, self.times - 1, -1, -1)], dim=1) for x in (self.k, self.v))
+        return KeyValue(k, v)
+
+
 @dataclass(frozen=True)
 class AttentionKernel:
     """A named way to compute attention; call it with q, k, v."""

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flashtalk_cli.errors import ModelError
-from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, attention
+from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector
 from flashtalk_cli.models.fp8 import Rows, to_eight_bits
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
@@ -117,7 +117,7 @@ def _is_like(value: Any, released: Any) -> bool:
 class Context:
     """What stays the same in a session: for every block, the prompt's and the picture's keys and values."""
 
-    text: tuple[KeyValue, ...]  # [B, text_len, heads, head_dim] each
+    text: tuple[PromptKeys, ...]
     image: tuple[KeyValue, ...]  # [B, image tokens, heads, head_dim] each
 
 
@@ -183,17 +183,18 @@ class DiT(nn.Module):
     def condition(self, text: Tensor, image: Tensor) -> Context:
         """Embed a prompt and a picture and give every block its keys and values.
 
-        text: the prompt's rows [L, text_dim] or [B, L, text_dim], L up to text_len; they are
-        padded with zero rows that are attended like any other, as the released model does.
+        text: the prompt's rows [L, text_dim] or [B, L, text_dim], L up to text_len. The released model
+        attends to zero rows up to text_len like to any other; one is embedded here, for all of them.
         image: the image encoder's tokens [B, n, image_dim].
         """
         text = text.to(self.dtype).reshape(-1, *text.shape[-2:])
-        assert text.shape[1] <= self.params.text_len, f"{text.shape[1]} text rows, {self.params.text_len} fit"
-        text = F.pad(text, (0, 0, 0, self.params.text_len - text.shape[1]))
+        empty = self.params.text_len - text.shape[1]
+        assert empty >= 0, f"{text.shape[1]} text rows, {self.params.text_len} fit"
+        text = F.pad(text, (0, 0, 0, min(1, empty)))
         text = self.text_embedding(text).expand(image.shape[0], -1, -1)
         image = self.img_emb(image.to(self.dtype))
         keys = [
-            (block.cross_attn.keys_of_text(text), block.cross_attn.keys_of_image(image))
+            (block.cross_attn.keys_of_text(text, max(1, empty)), block.cross_attn.keys_of_image(image))
             for block in self._each_block("condition")
         ]
         return Context(text=tuple(key for key, _ in keys), image=tuple(key for _, key in keys))
@@ -361,11 +362,10 @@ class CrossAttention(nn.Module):
         self.v_img = nn.Linear(p.dim, p.dim)
         self.norm_k_img = RMSNorm(p.dim, p.eps)
 
-    def keys_of_text(self, text: Tensor) -> KeyValue:
-        """Embedded text rows [B, text_len, dim] -> keys and values."""
-        return KeyValue(
-            _heads(self.norm_k(self.k(text)), self.num_heads), _heads(self.v(text), self.num_heads)
-        )
+    def keys_of_text(self, text: Tensor, times: int) -> PromptKeys:
+        """Embedded text rows [B, rows, dim], of which the last stands for so many -> keys and values."""
+        k, v = self.norm_k(self.k(text)), self.v(text)
+        return PromptKeys(_heads(k, self.num_heads), _heads(v, self.num_heads), times)
 
     def keys_of_image(self, image: Tensor) -> KeyValue:
         """Embedded picture tokens [B, n, dim] -> keys and values."""
@@ -374,11 +374,10 @@ class CrossAttention(nn.Module):
             _heads(self.v_img(image), self.num_heads),
         )
 
-    def forward(self, x: Tensor | Rows, text: KeyValue, image: KeyValue, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor | Rows, text: PromptKeys, image: KeyValue, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
         q = _heads(layout.ops.rms_norm(self.q(x), self.norm_q.weight, self.norm_q.eps), self.num_heads)
-        text_out, image_out = (attention(q, *keys, kernel=layout.kernel).flatten(2) for keys in (text, image))
-        return _out(self.o, text_out, image_out, ops=layout.ops)
+        return _out(self.o, layout.ops.cross_attention(q, text, image, layout.kernel), layout.ops)
 
 
 class Head(nn.Module):
@@ -437,9 +436,9 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
     return rearrange(x, "b n (h d) -> b n h d", h=num_heads)
 
 
-def _out(layer: nn.Module, x: Tensor, *more: Tensor, ops: TokenOps) -> Tensor:
-    """What attention gave [B, n, dim], and another if there is one, through its last layer: [B, n, dim]."""
-    return layer(ops.rows(x, *more) if in_eight_bits(layer) else sum(more, x))
+def _out(layer: nn.Module, x: Tensor, ops: TokenOps) -> Tensor:
+    """What attention gave [B, n, dim] through its last layer: [B, n, dim]."""
+    return layer(ops.rows(x) if in_eight_bits(layer) else x)
 
 
 def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:

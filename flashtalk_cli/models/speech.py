@@ -7,8 +7,8 @@ video's frame rate before the transformer sees them, and the output of every blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -101,11 +101,16 @@ def features_of(module: Any, samples: Tensor, n_frames: int) -> Tensor:
     return torch.stack(outputs, dim=2)
 
 
+Run: TypeAlias = Callable[[str, object, Callable[..., Tensor], Tensor], Tensor]
+"""Calls function(x): name, what the function reads besides, the function, x."""
+
+
 class SpeechEncoder:
-    """Samples to features."""
+    """Samples to features. `run` may record what it calls: always the same launches for sounds of one length."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        self.run: Run = lambda _name, _given, function, x: function(x)
 
     @torch.no_grad()
     def encode(self, samples: Tensor, n_frames: int) -> Tensor:
@@ -122,6 +127,10 @@ class SpeechEncoder:
         """`encode` for B sounds of one length: float32 [B, N] to [B, n_frames, layers, dim]."""
         assert samples.shape[1] >= MIN_SAMPLES, samples.shape
         weight = next(self.module.parameters())
+
+        def hear(x: Tensor) -> Tensor:
+            x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, correction=0, keepdim=True) + 1e-7)
+            return features_of(self.module, x.to(weight.dtype), n_frames)
+
         x = samples.to(weight.device, torch.float32)
-        x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, correction=0, keepdim=True) + 1e-7)
-        return features_of(self.module, x.to(weight.dtype), n_frames)
+        return self.run(f"speech to {n_frames} frames", self.module, hear, x)

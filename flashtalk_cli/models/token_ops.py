@@ -1,4 +1,4 @@
-"""What a block does to each token by itself, between its matrix products: norms, gates, rotation, GELU.
+"""What a block does to each token by itself, between its matrix products: norms, gates, rotation, GELU, few keys.
 
 `TokenOps` is plain code: it runs on any device, with gradients, and says what is meant. On a CUDA device
 and without gradients `token_ops` gives the same interface by fused kernels. It is asked once a step, by
@@ -11,6 +11,7 @@ Everything computes in float32 and gives the dtype of its input; where `quantise
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.fp8 import Rows, quantise_rows
 from flashtalk_cli.models.rope import rotate
 
@@ -82,9 +84,17 @@ class TokenOps:
         """x into groups of heads, or such groups into one: [B, n, dim] and [B, n, groups, channels of a group]."""
         return out.copy_(x.unflatten(-1, out.shape[2:]) if out.ndim > x.ndim else x.flatten(2))
 
-    def rows(self, x: Tensor, y: Tensor | None = None) -> Rows:
-        """x, or the sum of two, in eight bits; groups of heads [B, n, groups, channels of a group] as one row."""
-        return quantise_rows((x if y is None else x + y).flatten(2))
+    def rows(self, x: Tensor) -> Rows:
+        """x in eight bits; groups of heads [B, n, groups, channels of a group] as one row."""
+        return quantise_rows(x.flatten(2))
+
+    def cross_attention(
+        self, q: Tensor, text: PromptKeys, image: KeyValue, kernel: AttentionKernel
+    ) -> Tensor:
+        """To the prompt, and apart from that to the picture, summed: [B, n, heads, head_dim] to [B, n, dim]."""
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return _cross_products(q, text, image)
+        return (kernel(q, *text.each()) + kernel(q, *image)).flatten(2)
 
     def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Each head of x [f, n, heads, head_dim] times its weight [heads, head_dim, dim]: [f, heads n, dim].
@@ -110,6 +120,16 @@ class TokenOps:
         else:
             out = F.gelu(layer(x), approximate="tanh")
         return quantise_rows(out) if quantise else out
+
+
+def _cross_products(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
+    """Cross-attention as one product with all keys and one with all values: few, for which a CPU's kernels are slow."""
+    n_text = text.k.shape[1]
+    k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in ((text.k, image.k), (text.v, image.v)))
+    scores = (q.transpose(1, 2) * q.shape[-1] ** -0.5 @ k.mT).float()
+    scores[..., n_text - 1] += math.log(text.times)
+    weights = torch.cat([scores[..., :n_text].softmax(-1), scores[..., n_text:].softmax(-1)], dim=-1)
+    return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

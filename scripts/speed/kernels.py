@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.models import fp8, rope, vae_blocks
-from flashtalk_cli.models.attention import KERNEL_NAMES, ROUNDING, choose_kernel, why_absent
+from flashtalk_cli.models.attention import (
+    KERNEL_NAMES,
+    ROUNDING,
+    KeyValue,
+    PromptKeys,
+    choose_kernel,
+    why_absent,
+)
 from flashtalk_cli.models.audio import AudioCrossAttention
 from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.models.kernels import frames, rows
@@ -134,6 +141,12 @@ def attentions(bench: Bench) -> None:
         for what, k in (("self", q), ("text", text), ("picture", image)):
             bench.product(f"attention, {name}, {what}", lambda kernel=kernel, k=k: kernel(q, k, k),
                           4e-12 * TOKENS * k.shape[1] * p.dim)  # fmt: skip
+    said = PromptKeys(text[:, :64], text[:, :64], p.text_len - 63)
+    seen, auto = KeyValue(image, image), choose_kernel("auto", DEVICE, BF16)
+    tflop = 4e-12 * TOKENS * (p.text_len + 257) * p.dim
+    for name, ops in (("apart", PLAIN), ("fused", FUSED)):
+        bench.product(f"attention to prompt and picture, {name}",
+                      lambda ops=ops: ops.cross_attention(q, said, seen, auto), tflop)  # fmt: skip
     layer, x = AudioCrossAttention(p).to(DEVICE, BF16), draw(1, TOKENS, p.dim)
     heard = layer.keys(draw(1, LATENTS, p.context_tokens, p.output_dim))
     table = rope.rotation_table((LATENTS, H // 2, W // 2), p.head_dim, DEVICE)

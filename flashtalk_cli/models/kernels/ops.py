@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.fp8 import Rows
-from flashtalk_cli.models.kernels import rows, speech
+from flashtalk_cli.models.kernels import cross, rows, speech
 from flashtalk_cli.models.token_ops import TokenOps
 
 
@@ -56,8 +57,13 @@ class FusedOps(TokenOps):
     def place(self, x: Tensor, out: Tensor) -> Tensor:  # noqa: D102
         return rows.rms_rotate(x, None, None, out.shape[-1], out=out)
 
-    def rows(self, x: Tensor, y: Tensor | None = None) -> Rows:  # noqa: D102
-        return rows.quantise_rows(x, y)
+    def rows(self, x: Tensor) -> Rows:  # noqa: D102
+        return rows.quantise_rows(x)
+
+    def cross_attention(  # noqa: D102
+        self, q: Tensor, text: PromptKeys, image: KeyValue, kernel: AttentionKernel
+    ) -> Tensor:
+        return cross.attention(q, text, image)
 
     def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
         return speech.fold(x, weight, bias)

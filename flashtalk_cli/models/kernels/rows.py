@@ -182,7 +182,6 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
 @triton.jit
 def _quantise(  # type: ignore[no-untyped-def]
     x,
-    y,
     values,
     scales,
     n_rows,
@@ -192,22 +191,16 @@ def _quantise(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     PIECE: tl.constexpr,
     GROUP: tl.constexpr,
-    SUM: tl.constexpr,
     GELU: tl.constexpr,
     LARGEST: tl.constexpr,
     SMALLEST: tl.constexpr,
 ):
-    """values * scales = x, or x + y, rounded, or GELU(x) in its tanh form. Grid (rows, videos)."""
+    """values * scales = x, or GELU(x) in its tanh form. Grid (rows, videos)."""
     video, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
-    at = video * video_step + row * row_step
-    given = _load(x + at, DIM, PIECE, GROUP, group_step)
-    if SUM:
-        added = _load(y + at, DIM, PIECE, GROUP, group_step)
+    given = _load(x + video * video_step + row * row_step, DIM, PIECE, GROUP, group_step)
     taken = ()
     for index in tl.static_range(len(given)):
         value = given[index]
-        if SUM:
-            value = (value + added[index]).to(x.dtype.element_ty).to(tl.float32)
         if GELU:  # x (1 + tanh u) / 2 = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
             value /= 1 + tl.exp2(value * (-2.302208198 - 0.1029432397 * value * value))
         taken = taken + (value,)  # type: ignore[assignment]  # noqa: RUF005
@@ -276,20 +269,19 @@ def rms_rotate(
     return out
 
 
-def quantise_rows(x: Tensor, y: Tensor | None = None, gelu: bool = False) -> Rows:
-    """x [B, n, dim], or the sum of x and y, or GELU(x), in e4m3 with a scale a row.
+def quantise_rows(x: Tensor, gelu: bool = False) -> Rows:
+    """x [B, n, dim], or GELU(x), in e4m3 with a scale a row.
 
-    Both may be [B, n, groups, channels of a group], and lie apart in all but the last, alike.
+    It may be [B, n, groups, channels of a group], and lie apart in all but the last.
     """
     given, dim = _grouped(x), x.shape[2:].numel()
     videos, n_rows = x.shape[:2]
-    assert y is None or _grouped(y) == given, "of different layouts"
     values = torch.empty(videos, n_rows, dim, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(videos, n_rows, 1, dtype=torch.float32, device=x.device)
     piece, warps = pieces(dim)
     _quantise[(n_rows, videos)](
-        *(x, y, values, scales, n_rows, *given.steps, dim, piece, given.width),
-        *(y is not None, gelu, LARGEST, SMALLEST_PEAK),
+        *(x, values, scales, n_rows, *given.steps, dim, piece, given.width),
+        *(gelu, LARGEST, SMALLEST_PEAK),
         num_warps=warps,
     )
     return Rows(values, scales)
