@@ -64,6 +64,7 @@ def main(minutes: float) -> int:
         "jumps": last["jumps"],
         "delay": last["latency"]["total"],
         "grown_bytes_per_minute": round(grown),
+        "memory_mb": [round(each / 1e6) for each in memory],  # a minute after another, warm
         "apart_s": round(apart_s, 4),
         "machine": f"{os.cpu_count()} cores",
     }
