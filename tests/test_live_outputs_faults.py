@@ -123,8 +123,10 @@ def test_a_recording_whose_writer_is_killed_goes_on_in_another_file(tmp_path):
         killed = encoder.sink_pids[0]
         os.kill(killed, signal.SIGKILL)
         send_claps(encoder, 125, 5)
-        wait_for(lambda: encoder.sink_pids[0] not in (killed, None) or told)
-        send_claps(encoder, 130, 170)
+        wait_for(lambda: of_kind(encoder, "file").reconnects == 1)
+        send_claps(encoder, 130, 40)  # a key frame among them begins the next file
+        wait_for(lambda: encoder.sink_pids[0] not in (killed, None))
+        send_claps(encoder, 170, 130)
         assert encoder.end(10), encoder.statistics()
         found = of_kind(encoder, "file")
     assert len(told) == 1
