@@ -187,6 +187,15 @@ class RtmpServer:
             self._process.wait()
             self._process = None
 
+    def has_passed_on(self) -> bool:
+        """Whether its publishers have left and nobody has anything from it still to read."""
+        port = f":{self.port:04X}"
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        held = [words[4] for words in sockets if port in words[1] + words[2]]
+        publishers = re.findall(r"(\*\d+) publish:", self.log())
+        gone = publishers and all(f"{who} disconnect" in self.log() for who in publishers)
+        return bool(gone) and all(queues == "00000000:00000000" for queues in held)
+
     def taken(self) -> list[Path]:
         """What it recorded, the first first; none of those that are empty."""
         found = [path for path in (self.folder / "taken").iterdir() if path.stat().st_size > 1000]

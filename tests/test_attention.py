@@ -31,7 +31,7 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.sampled_from([2, 6, 32])
 )

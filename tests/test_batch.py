@@ -109,7 +109,7 @@ def crew_of(
     return Crew(puppets, clips, record, [] if requests is None else requests), record, done, shown, puppets
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(scripts=st.lists(st.lists(ACTS, max_size=6), min_size=1, max_size=4), n_clips=st.integers(0, 12))
 def test_nothing_is_lost_and_nothing_done_twice(scripts: list[list[str]], n_clips: int) -> None:
     """Property: every clip is recorded once, and done at most once; only where no replica is left, some are not."""
@@ -306,7 +306,7 @@ def test_the_stage_that_is_waited_for_is_the_workers() -> None:
     assert replica_module.READY == serving.READY
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.text(st.characters(exclude_characters="\n", exclude_categories=("Cs",)), min_size=1), max_size=5

@@ -65,7 +65,7 @@ def tone_windows(count: int = 3) -> windows.Windows:
     return windows.Windows(*(torch.from_numpy(np.stack(values)) for values in zip(*drawn, strict=True)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 1000))
 def test_varied_windows_keep_their_labels(seed: int) -> None:
     """Played faster or slower, coloured, with gaps and zeros: labelled frames are where the tone sounds."""

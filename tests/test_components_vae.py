@@ -50,7 +50,7 @@ def new_vae(seed: int = 0) -> Vae:
 # Pictures
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(count=st.integers(1, 7), seed=st.integers(0, 99))
 def test_pictures_are_in_range_and_follow_from_their_seed(count: int, seed: int) -> None:
     drawn = pictures.draw_stills(count, 32, generator(seed))
@@ -144,7 +144,7 @@ def test_first_weights_make_a_mosaic_in_the_right_colours() -> None:
     assert (flat.std(1) < 2).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
 def test_muon_moves_every_direction_alike(rows: int, columns: int, seed: int) -> None:
     """The update of any matrix of full rank has singular values near 1, and its directions' signs."""

@@ -139,7 +139,7 @@ def test_without_audio_it_is_the_wan_transformer_of_diffusers() -> None:
         assert relative_error(given_.through(ours), expected) < 1e-4
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 def test_any_size_and_each_of_a_batch_by_itself(latents: int, rows: int, columns: int, b: int) -> None:
     """Property: videos of a batch, each with its own time, do not see each other; any size works."""

@@ -83,7 +83,7 @@ def test_a_latent_frame_hears_the_windows_of_its_frames(window: int, scale: int)
     assert projector(at[None, :, :, None, None].float()).shape == (1, 3, 2, 4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.data())
 def test_a_run_of_tokens_hears_what_it_hears_in_the_whole(data: st.DataObject) -> None:
     """Property: a rank whose tokens begin or end inside a frame, padding included, gets its slice of the whole."""

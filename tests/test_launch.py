@@ -280,7 +280,7 @@ def test_nothing_is_left_in_the_temporary_folder_even_where_its_name_is_too_long
 numbers = st.floats() | st.integers(-(2**53), 2**53)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.text(), numbers), max_size=8))
 def test_what_is_emitted_is_what_is_read(values):
     with tempfile.TemporaryDirectory() as name, events.Listener(Path(name, "s")) as listener:

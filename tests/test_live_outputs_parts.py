@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flashtalk_cli.media.live.backoff import CAP_S, SETTLED_S, Backoff
@@ -122,7 +122,6 @@ def take_all(queue: UnitQueue) -> list[Unit]:
     return list(iter(lambda: queue.take(0), None))
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.integers(1, 120), st.sampled_from(["take", "away", "start"])), max_size=40),
     st.integers(1, 60),
@@ -189,7 +188,6 @@ def test_a_closed_queue_lets_everybody_go():
     assert queue.is_drained
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.data())
 def test_a_new_encoder_is_given_exactly_what_the_old_one_owed(pieces, data):
     """Whatever was coded when it died: frames from the next one on, sound from two packets before the next."""

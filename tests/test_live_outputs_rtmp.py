@@ -73,6 +73,7 @@ def test_the_server_and_a_viewer_get_every_frame(server, tmp_path):
             arguments = Path(f"/proc/{encoder.sink_pids[0]}/cmdline").read_bytes()
             assert encoder.end(10), encoder.statistics()
             found = of_kind(encoder, "rtmp")
+        wait_for(server.has_passed_on)
         server.kill()  # else the viewer would wait for the next publisher
         assert viewer.wait(10) == 0
     finally:

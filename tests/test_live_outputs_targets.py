@@ -33,7 +33,7 @@ def visible(target: Target) -> str:
     return "\0".join(sending(target, 25, "").command)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(HOSTS, PORTS, st.lists(SECRETS, min_size=1, max_size=3), st.sampled_from(["rtmp", "rtmps"]))
 def test_a_stream_key_is_never_shown(host, port, words, scheme):
     """The key, its query, and a name and password before the host."""
@@ -46,7 +46,7 @@ def test_a_stream_key_is_never_shown(host, port, words, scheme):
             assert not [word for word in words if word in visible(target)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(HOSTS, PORTS, ODD_SECRETS, SECRETS)
 def test_srt_passphrases_and_stream_ids_are_never_shown(host, port, odd, plain):
     """Percent-encoded or not, in parameters known and unknown."""
@@ -65,7 +65,7 @@ def test_srt_passphrases_and_stream_ids_are_never_shown(host, port, odd, plain):
         assert f"passphrase={odd}\n" in sending(without, 25, "").preset.decode()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(HOSTS, st.lists(SECRETS, min_size=1, max_size=3), SECRETS)
 def test_a_whip_address_is_shown_as_its_host(host, path, token):
     target = parse_target("whip", f"https://{host}/{'/'.join(path)}?key={token}")
@@ -73,7 +73,7 @@ def test_a_whip_address_is_shown_as_its_host(host, path, token):
     assert not [word for word in (*path, token) if word in everything_shown(target)]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from(["rtmp", "srt", "whip", "udp"]), st.text(max_size=40))
 def test_any_text_is_a_target_or_one_line_that_does_not_repeat_it(kind: Kind, text):
     secret = "TOPSECRET" + text

@@ -146,7 +146,7 @@ def test_a_manifest_that_is_none(place: Path, content: bytes | None, says: str) 
 words = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.dictionaries(st.sampled_from((*manifest.KEYS, "x")), words) | words, min_size=1, max_size=4)
 )

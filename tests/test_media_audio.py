@@ -57,7 +57,7 @@ def test_normalised_loudness_is_the_reference(case: Path) -> None:
         np.testing.assert_allclose(normalise_loudness(arrays["input"], -23.0), arrays["output"], atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(6400, 60_000),
     seed=st.integers(0, 99),
@@ -148,7 +148,7 @@ def test_full_scale_is_one(tmp_path: Path, subtype: str) -> None:
     assert (np.sign(samples[40:][::160]) == 1).all()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(1, 3000),
     rate=st.sampled_from([8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 96_000]),
@@ -166,7 +166,7 @@ def test_length_rule(tmp_path: Path, n: int, rate: int, monkeypatch: pytest.Monk
     speech.samples_path.unlink()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(-300, 300), length=st.integers(-5, 500))
 def test_read_samples_is_zero_outside(tmp_path: Path, start: int, length: int) -> None:
     """Property: any window equals that of the sound between endless zeros."""

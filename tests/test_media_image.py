@@ -46,7 +46,7 @@ def test_crop_is_the_reference(case: Path) -> None:
     np.testing.assert_array_equal(fitted, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     width=st.integers(32, 300),
     height=st.integers(32, 300),
@@ -249,7 +249,7 @@ def test_odd_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -
     assert str(caught.value).isprintable()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     suffix=st.sampled_from(["png", "jpeg", "webp", "gif", "bmp"]),
     at=st.integers(0, 2000),

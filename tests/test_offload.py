@@ -96,7 +96,7 @@ def test_a_part_moves_its_own_weights_only() -> None:
     assert inputs.through(dit).isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n_blocks=st.integers(1, 9), ahead=st.integers(1, 4), stop=st.integers(0, 9))
 def test_copies_run_ahead_and_never_collide(n_blocks: int, ahead: int, stop: int) -> None:
     """Property: each block sees its own weights in its turn; `ahead` copies are under way by then.

@@ -56,7 +56,7 @@ def test_nothing_of_the_live_room_asks_the_wall_clock() -> None:
         assert not names & {"time.time", "datetime.now", "time.localtime", "datetime.datetime.now"}, path
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     any_rules,
     st.lists(st.tuples(st.floats(0, 3), st.integers(0, 40)), min_size=1, max_size=60),
@@ -145,7 +145,7 @@ def test_late_frames_are_repeated_until_it_is_too_much_where_that_was_asked(late
     assert decide(rules(), air, 0, True, now_s + 1)[0] == Wait(None), "nothing is repeated at the end"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(any_rules, outlooks)
 def test_a_chunk_waits_only_for_what_it_needs_and_only_while_there_is_time(chosen, outlook) -> None:
     wait = wait_s(chosen, outlook)
@@ -158,7 +158,7 @@ def test_a_chunk_waits_only_for_what_it_needs_and_only_while_there_is_time(chose
         assert outlook.ahead_s - wait >= outlook.first_frame_s + chosen.start_buffer_s - 1e-9
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(any_rules, outlooks)
 def test_silence_comes_first_only_before_speech_that_is_arriving(chosen, outlook) -> None:
     silence = silence_before_s(chosen, outlook)
@@ -170,7 +170,7 @@ def test_silence_comes_first_only_before_speech_that_is_arriving(chosen, outlook
         assert outlook.since_arrival_s < 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(any_rules, outlooks, st.floats(-5, 100))
 def test_only_sound_in_excess_is_left_out_and_only_when_late(chosen, outlook, delay_s) -> None:
     left_out = skip_s(chosen, outlook, delay_s)

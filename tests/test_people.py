@@ -109,7 +109,7 @@ def brute_force(
     return found, best
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), height=st.integers(8, 40), width=st.integers(8, 40))
 def test_rasteriser_sees_what_brute_force_sees(seed: int, height: int, width: int) -> None:
     """Parity: the nearest triangle of each sample, with triangles off the screen, behind the camera and flat."""
@@ -173,7 +173,7 @@ def test_a_missing_head_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp
     load_head.cache_clear()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2 * HELD_OUT_FROM))
 def test_people_follow_from_their_seed(seed: int) -> None:
     """Property: the same seed is the same person, another seed another, and all values make sense."""

@@ -88,7 +88,7 @@ def complaint_lines(argument: str) -> int:
 # Properties
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 @example({"name": "\x85", "sampling.prompt": "a\u2028b\x85 c\r\n\ufeff"})
 def test_a_preset_written_out_and_read_again_is_the_same(tmp_path_factory, values):
@@ -99,7 +99,7 @@ def test_a_preset_written_out_and_read_again_is_the_same(tmp_path_factory, value
     assert presets.load(str(path)) == preset
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_an_override_lands_where_it_points_and_nowhere_else(data):
     path = data.draw(st.sampled_from(sorted(VALUES)))
@@ -112,7 +112,7 @@ def test_an_override_lands_where_it_points_and_nowhere_else(data):
             assert value_at(changed, other) == value_at(plain, other)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_set_reads_back_what_yaml_writes(data):
     path = data.draw(st.sampled_from(sorted(VALUES)))
@@ -130,14 +130,14 @@ def test_the_properties_above_know_every_key():
     assert sorted(VALUES) == sorted(presets.dotted_keys())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=30))
 def test_any_set_is_an_override_or_one_line(argument):
     for given_text in (argument, f"sampling.steps={argument}", f"sampling.{argument}=1"):
         assert complaint_lines(given_text) <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=60) | st.binary(max_size=40))
 def test_any_file_is_a_preset_or_one_line(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.yaml"

@@ -114,7 +114,7 @@ def test_a_rank_may_be_silent_while_libraries_load() -> None:
     assert run.go_on(FIRST_S - 10, moving=(0, 1), beating=(0, 1)) is None
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(0.5, 30))
 def test_what_is_usual_is_no_hang(gap_s: float) -> None:
     """Property: gaps that were seen in a warm round may come again, twice as long too; not for ever."""

@@ -17,10 +17,9 @@ from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.spatial import TileGrid
 from flashtalk_cli.parallel.split import Grid, choose_grid, run_length, span, split, ulysses_degree
 
-few = settings(deadline=None, max_examples=25)
+few = settings(max_examples=25)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(1, 64))
 def test_every_token_is_held_once(length: int, size: int) -> None:
     """Property: spans are neighbouring runs in rank order, none longer than what all hold."""
@@ -29,7 +28,6 @@ def test_every_token_is_held_once(length: int, size: int) -> None:
     assert max(stop - start for start, stop in spans) == run_length(length, size)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_ulysses_takes_all_that_divides(size: int, heads: int) -> None:
     """Property: the chosen degree divides ranks and heads, and no larger one does."""
@@ -40,7 +38,6 @@ def test_ulysses_takes_all_that_divides(size: int, heads: int) -> None:
 sides = st.integers(1, 40)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 16), sides, sides, st.sampled_from([1, 8]))
 def test_every_pixel_is_in_one_tile(size: int, height: int, width: int, scale: int) -> None:
     """Property: a chosen grid covers the picture once, no tile empty; else it says why it cannot."""

@@ -54,7 +54,7 @@ def test_output_keeps_to_the_clock() -> None:
     assert np.abs(np.array(world.sent_s) - due_s).max() < 1e-6
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(["repeat", "drop"]),

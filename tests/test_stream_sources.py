@@ -124,7 +124,7 @@ def test_an_address_that_fails_is_tried_again_with_one_warning() -> None:
     assert len(warnings) == 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(*[st.from_regex(r"[A-Za-z0-9]{8,20}", fullmatch=True) for _ in range(4)])
 def test_an_address_is_shown_without_its_secrets(user, password, key, token) -> None:
     url = f"rtmp://{user}:{password}@media.example:1935/app/{key}?token={token}"

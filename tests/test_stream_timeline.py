@@ -17,7 +17,7 @@ from flashtalk_cli.live.timeline import RATE_HZ
 from flashtalk_cli.media.loudness import normalise_loudness
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.sampled_from(["add", "take", "skip", "pauses", "interrupt"]), st.integers(1, 900)))
 )

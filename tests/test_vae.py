@@ -147,7 +147,7 @@ def test_gradients_equal_those_of_diffusers() -> None:
 # In pieces of time
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_decoding_in_any_split_is_decoding_the_whole(split: list[int]) -> None:
     """Property: bit for bit in float32, whatever the split."""
@@ -162,7 +162,7 @@ def test_decoding_in_any_split_is_decoding_the_whole(split: list[int]) -> None:
     assert torch.equal(torch.cat(pieces, dim=2), whole)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=3))
 def test_encoding_in_any_split_is_encoding_the_whole(split: list[int]) -> None:
     """Property: bit for bit; the first piece has 1 + 4n frames, the others 4n."""
