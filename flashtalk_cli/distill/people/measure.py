@@ -33,6 +33,7 @@ METER_FILE = Path(__file__).with_name("mouth_meter.safetensors")
 CROP_PX = 32
 CROP_SPAN = 1.25  # side of the crop over the width of the mouth's box
 FACE_SPAN, FACE_ABOVE = 3.0, 0.6  # the same of a face's, and how far its middle lies above the mouth's
+KEPT_BATCHES, STEPS_A_BATCH = 24, 12
 
 
 class MouthMeter(nn.Module):
@@ -147,17 +148,18 @@ def calibrate(bank: SpeechBank, device: str, seconds: float, workers: int) -> Mo
     optimiser = torch.optim.AdamW(meter.parameters(), lr=2e-3, weight_decay=1e-3)
     drawing = Drawing(n_frames=33, batch=48)
     began, losses = time.perf_counter(), []
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept: list[Batch] = []
     for batch in ClipStream(bank, drawing, first=2_000_000, device=device, workers=workers):
         done = (time.perf_counter() - began) / seconds
         if done >= 1:
             break
-        kept = [*kept[-8:], _training_pair(batch)]
+        kept = [*kept[1 - KEPT_BATCHES :], batch]
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, 20 * done + 0.02, 1.02 - done)
-        for _ in range(4):
-            chosen = [kept[int(i)] for i in torch.randint(len(kept), (2,))]
-            crops, truth = (torch.cat([pair[part] for pair in chosen]) for part in (0, 1))
+        for _ in range(
+            STEPS_A_BATCH
+        ):  # to render takes longer than to learn: what is seen again is worn anew
+            crops, truth = _training_pair(kept[int(torch.randint(len(kept), ()))])
             loss = smooth_l1_loss(meter(crops), truth, beta=0.02)
             optimiser.zero_grad()
             loss.backward()

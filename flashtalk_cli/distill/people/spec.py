@@ -329,7 +329,7 @@ def _exposed(light: dict, skin: Colour) -> dict:
 def _picture(rng: np.random.Generator) -> dict:
     base = any_colour(rng, (0.05, 0.95), 0.7)
     other = mix(base, any_colour(rng, (0.05, 0.95), 0.8), float(rng.uniform(0.15, 0.9)))
-    face_height = float(rng.uniform(0.36, 0.64))
+    face_height = float(rng.uniform(0.46, 0.72))  # as a portrait is framed; smaller mouths are a few pixels
     return {
         "backdrop": str(rng.choice(BACKDROPS, p=(0.1, 0.18, 0.14, 0.14, 0.18, 0.06, 0.1, 0.1))),
         "backdrop_colours": (base, other, any_colour(rng, (0.2, 1.0), 0.8)),
