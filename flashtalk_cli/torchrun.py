@@ -1,5 +1,6 @@
 """Start the ranks of a worker: `python -m flashtalk_cli.torchrun N MODULE JOB.json EVENTS_SOCKET [OPTIONS]`.
 
+    --patient                      ranks that are asked to end may take their time
     --rank-logs=FOLDER             passed on, with --debug: where each rank writes its log
     --hosts COUNT INDEX ENDPOINT   this is one of several hosts with N ranks each
 
@@ -18,9 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
+import psutil
 from torch.distributed import DistError, TCPStore
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -40,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     if not given.debug:
         logging.disable(logging.ERROR)  # the agent tells of every signal that it passes on
     emitter = Emitter(given.socket)
+    if given.patient:
+        _leave_stopping_to_ranks()
     watch_parent(_outlive_ranks, emitter)
     if given.hosts:
         threading.Thread(target=_observe, args=(given, emitter), name="observe", daemon=True).start()
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("module")
     parser.add_argument("job")
     parser.add_argument("socket", type=Path)
+    parser.add_argument("--patient", action="store_true")
     parser.add_argument("--rank-logs", type=Path)
     parser.add_argument("--hosts", nargs=3, metavar=("COUNT", "INDEX", "ENDPOINT"))
     parser.add_argument("--debug", action="store_true")
@@ -82,7 +89,19 @@ def _agent_options(given: argparse.Namespace) -> list[str]:
     worker = ["-m", given.module, given.job, str(given.socket)]
     worker += [f"--rank-logs={given.rank_logs}"] if given.rank_logs else []
     worker += ["--debug"] if given.debug else []
+    options += ["--signals-to-handle=SIGQUIT"] if given.patient else []
     return [*options, f"--nproc-per-node={given.processes}", *worker]
+
+
+def _leave_stopping_to_ranks() -> None:
+    """Pass SIGTERM on to the ranks, which have sessions of their own; the agent would kill them 30 s later."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for rank in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                rank.terminate()
+
+    signal.signal(signal.SIGTERM, pass_on)
 
 
 def _outlive_ranks() -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO, cast
@@ -22,7 +20,7 @@ from typing import TextIO, cast
 import torch
 from pydantic import TypeAdapter
 
-from flashtalk_cli import events, log
+from flashtalk_cli import log
 from flashtalk_cli.bench.measure import bench
 from flashtalk_cli.config import BenchJob, Job, RenderJob, ServeJob, StreamJob
 from flashtalk_cli.errors import PeerLost, WorkerError
@@ -30,14 +28,14 @@ from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.live.ending import leave
 from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
-from flashtalk_cli.parallel.pulse import SILENT_S, Verdict
-from flashtalk_cli.parallel.ranks import Ranks, join, lost_peers
+from flashtalk_cli.parallel.failing import fail, reason
+from flashtalk_cli.parallel.pulse import Verdict
+from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.rendering import Worker, render
 from flashtalk_cli.serving import serve
 
 ORPHAN_S = 8.0  # what a rank without a parent gets to close its file
 LAST_S = 1.5  # what rank 0 gets to close its file when the run cannot go on
-VERDICT_S = SILENT_S + 1.0  # within which a rank that lost another is told why
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,14 +61,9 @@ def main(argv: Sequence[str]) -> int:
         ranks.leave()
         return code
     except torch.OutOfMemoryError as error:
-        return _fail(emitter, out_of_memory(error), ranks, rank_log)
+        return fail(emitter, out_of_memory(error), ranks, rank_log)
     except Exception as error:
-        if ranks.size > 1 and (lost := lost_peers(error)) is not None:
-            stop.wait(VERDICT_S)  # torchrun ends us if it knows why, else `give_up` does
-            effect = PeerLost(lost)
-            effect.__cause__ = error
-            return _fail(emitter, effect, ranks, rank_log)
-        return _fail(emitter, error, ranks, rank_log)
+        return fail(emitter, reason(error, ranks, stop), ranks, rank_log)
     finally:
         emitter.close()
 
@@ -113,22 +106,6 @@ def give_up(verdict: Verdict, ranks: Ranks, emitter: Emitter) -> None:
     if ranks.leads:
         time.sleep(LAST_S)
     os._exit(WorkerError.exit_code)
-
-
-def _fail(emitter: Emitter, error: Exception, ranks: Ranks, rank_log: Path | None) -> int:
-    """Say why this rank ends: to the parent, to the other ranks, and in its log; the exit code."""
-    happened = events.error(error)
-    code: int = happened["exit_code"]
-    if ranks.size == 1:
-        emitter.send(happened)
-        return code
-    who = f"rank {ranks.rank} on {socket.gethostname()}"
-    text = f"{who}: {happened['message']}; its log: {rank_log or 'its stderr'}"
-    emitter.send({**happened, "message": text})
-    ranks.pulse.end(text)
-    traceback.print_exception(type(error), error, error.__traceback__)
-    emitter.close()
-    os._exit(code)  # libraries may wait for the lost ranks while they are torn down
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Encoders, list
     encoders = Encoders(find(base.model.name), base, CPU)
     lengths = [5 + 8 * N_CHUNKS, 5 + 8 * 2]
     clips = [invented_clip(i, n) for i, n in enumerate(lengths)]
-    origin = encoders.origin(["A person."])
+    origin = origin_of(encoders.folder, base, 256, ["A person."])
     shards.write_texts(folder, encoders.encode_prompts(origin.prompts))
     for number, clip in enumerate(clips):
         shards.write_shard(folder, (SIDE_PX, SIDE_PX), number, encoders.encode([clip], 2))
@@ -200,7 +200,7 @@ def test_examples_of_another_model_are_refused(made, tmp_path: Path) -> None:
     """By the encoder that differs, or the setting; a folder that is none, by what makes one."""
     folder, encoders, _, _ = made
     found = shards.read_origin(folder)
-    wanted = origin_of(encoders.folder, encoders.base, found.prompts)
+    wanted = origin_of(encoders.folder, encoders.base, 256, found.prompts)
     shards.check_origin(folder, found, wanted)
     other = wanted.model_copy(update={"encoders": {**wanted.encoders, "vae": "0" * 16}})
     with pytest.raises(InputError, match="another model's vae encoder"):

@@ -105,7 +105,8 @@ def test_rollouts_go_on_where_earlier_ones_had_come_to(toy, monkeypatch: pytest.
         people = [one.people for one in stage.roll_out(courses[-1])]
         if courses[-1].carried:
             assert people == [one.people for one in courses[-1].carried]
-            assert [one.motion is motion for one, motion in zip(courses[-1].carried, began[-2:], strict=True)]
+            pairs = zip(courses[-1].carried, began[-2:], strict=True)
+            assert all(one.motion is motion for one, motion in pairs)
             assert all(any(motion is made for made in came_to) for motion in began[-2:])
         courses.append(stage.draw_course())
     again = sum(bool(course.carried) for course in courses[:-1])

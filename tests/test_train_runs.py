@@ -7,16 +7,18 @@ import threading
 from pathlib import Path
 
 import pytest
+import tiny_model
 import torch
 from toy_stages import ALONE, CPU, adapt_stage, distill_stage, make_toy, network
 
 from flashtalk_cli.config import Canvas, Sampling
-from flashtalk_cli.distill import checkpoint, memory, networks, trainer
+from flashtalk_cli.distill import checkpoint, export, memory, networks, shards, trainer
 from flashtalk_cli.distill.config import Network, TrainPreset
 from flashtalk_cli.distill.metrics import Running
 from flashtalk_cli.errors import DeviceError, FlashtalkError, InputError, ModelError, OutputError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.models.dit import DitParams
+from flashtalk_cli.models.folder import find
 from flashtalk_cli.models.tensors import MemorySource
 from flashtalk_cli.parallel.ranks import Ranks
 
@@ -30,6 +32,7 @@ def course(toy: tuple[Path, TrainPreset, DitParams], out: Path, **changes: objec
     fields = {
         "out": out, "keeping": toy[1].keeping, "ranks": ALONE, "emitter": Emitter(None),
         "stop": threading.Event(), "max_seconds": None, "resume": True, "note": {"stage": "test"},
+        "identity": {"stage": "test", "teacher": "one"},
     }  # fmt: skip
     return trainer.Course(**(fields | changes))  # type: ignore[arg-type]
 
@@ -103,11 +106,46 @@ def test_a_run_that_is_stopped_or_out_of_time_is_kept(toy, tmp_path: Path) -> No
     assert (tmp_path / "weights.safetensors").is_file()
 
 
+def test_what_has_diverged_is_not_kept(toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are looked at when they are logged, and only what was looked at becomes a checkpoint."""
+    stage = adapt_stage(toy)
+    step = stage.step
+
+    def diverging() -> dict[str, torch.Tensor]:
+        found = step()
+        return found if stage.step_count < 3 else {**found, "loss": torch.tensor(float("nan"))}
+
+    monkeypatch.setattr(stage, "step", diverging)
+    keeping = toy[1].keeping.model_copy(update={"log_every_steps": 2, "save_every_s": 1e-9})
+    with pytest.raises(FlashtalkError, match="diverged"):
+        trainer.train(stage, course(toy, tmp_path, keeping=keeping))
+    assert [path.name for path in checkpoint.found_in(tmp_path)] == ["checkpoint-00000002"]
+
+
+def test_encoders_go_with_the_weights(toy, tmp_path: Path) -> None:
+    """Those of another model are replaced, whatever else lies there stays; what is absent comes along."""
+    models = [tmp_path / name for name in ("new", "old")]
+    for path in models:
+        tiny_model.write(path)
+    new, old = models
+    vae = next(iter(find(new).files("vae")))
+    vae.write_bytes(vae.read_bytes() + b"trained on")
+    (old / "README.md").write_text("a card")
+    (new / "README.md").write_text("another")
+    find(old).files("image")[0].unlink()
+    export._complete(old, find(new))
+    assert shards.digest_of(find(old)) == shards.digest_of(find(new))
+    assert (old / "README.md").read_text() == "a card"
+
+
 def test_faults_of_a_run(toy, tmp_path: Path) -> None:
     """A folder in use, another number of ranks, a broken checkpoint, a run that diverged: one line each."""
     trainer._save(adapt_stage(toy), course(toy, tmp_path))
     with pytest.raises(OutputError, match="holds a run"):
         trainer._begin(adapt_stage(toy), course(toy, tmp_path, resume=False))
+    other = {"stage": "test", "teacher": "another"}
+    with pytest.raises(InputError, match="is of another run: teacher differ"):
+        trainer._begin(adapt_stage(toy), course(toy, tmp_path, identity=other))
     path = checkpoint.found_in(tmp_path)[-1]
     with pytest.raises(InputError, match="written by 1 ranks, this run has 2"):
         checkpoint.load(path, Ranks(CPU, 2, 0))
@@ -133,8 +171,8 @@ def test_a_machine_too_small_is_refused_with_numbers(monkeypatch: pytest.MonkeyP
         return memory.need_of(DitParams(), network, canvas, Sampling(), 1, world, **counts)
 
     with pytest.raises(DeviceError, match=r"needs 39\d\.\d GiB a device .*moments.* such devices would do"):
-        memory.check(need(1, trained=1, frozen=0, averaged=1), ALONE, "stage 1")
+        memory.check(need(1, trained=1, frozen=0, averaged=1), CPU, 1, "stage 1")
     with pytest.raises(DeviceError, match=r"stage 2 needs"):
-        memory.check(need(4, trained=2, frozen=1, averaged=1), Ranks(CPU, 4, 0), "stage 2")
-    memory.check(need(8, trained=1, frozen=0, averaged=1), Ranks(CPU, 8, 0), "stage 1")
-    memory.check(need(8, trained=2, frozen=1, averaged=1), Ranks(CPU, 8, 0), "stage 2")
+        memory.check(need(4, trained=2, frozen=1, averaged=1), CPU, 4, "stage 2")
+    memory.check(need(8, trained=1, frozen=0, averaged=1), CPU, 8, "stage 1")
+    memory.check(need(8, trained=2, frozen=1, averaged=1), CPU, 8, "stage 2")

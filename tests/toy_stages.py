@@ -58,7 +58,15 @@ def make_toy(folder: Path) -> tuple[Path, TrainPreset, DitParams]:
     shards.write_origin(
         data,
         shards.Origin(
-            chunk_frames=13, motion_frames=5, fps=25, hearing=base.hearing, encoders={}, prompts=["x"]
+            chunk_frames=13,
+            motion_frames=5,
+            fps=25,
+            area_px=SIDE_PX**2,
+            shard_clips=4,
+            held_out=False,
+            hearing=base.hearing,
+            encoders={},
+            prompts=["x"],
         ),
     )
     return folder, preset, params

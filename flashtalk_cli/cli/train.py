@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flashtalk_cli.presets import Kind
 
 DATA, RUN = "Data and folders", "Run"
-CLEAN_END_S = 120.0  # to save what was learned
+CLEAN_END_S = float("inf")  # to save what was learned takes as long as it takes; a second Ctrl-C ends it
 
 app = typer.Typer(
     help="Train a model by the paper's method: examples, two stages, evaluation, export.",
@@ -46,7 +46,14 @@ Gpus = Annotated[
 ]
 MaxSeconds = Annotated[
     float | None,
-    _option("--max-seconds", RUN, "S", "End after that time; the same command goes on from there."),
+    typer.Option(
+        "--max-seconds",
+        min=1,
+        metavar="S",
+        rich_help_panel=RUN,
+        show_default=False,
+        help="End after that time; the same command goes on from there.",
+    ),
 ]
 NoResume = Annotated[
     bool,
@@ -304,6 +311,7 @@ def _check(job: Any) -> None:
 
 def _command(job_path: Path, socket_path: Path, gpus: int, debug: bool) -> list[str]:
     """The worker's command line: one process, or torchrun's."""
-    start = ["flashtalk_cli.torchrun", str(gpus)] if gpus > 1 else []
-    command = [*start, "flashtalk_cli.distill.worker", str(job_path), str(socket_path)]
+    command = ["flashtalk_cli.distill.worker", str(job_path), str(socket_path)]
+    if gpus > 1:
+        command = ["flashtalk_cli.torchrun", str(gpus), *command, "--patient"]
     return [sys.executable, "-m", *command, *(["--debug"] if debug else ())]

@@ -102,6 +102,8 @@ def hearing(dit: DiT, batch: Batch, shift: float, generator: Generator) -> Tenso
     free = losses.free_mask(batch.latents, batch.held)
     x = torch.lerp(batch.latents, losses.noised(batch.latents, noise, time), free)
     mouth = free * (face_weight(batch.box, batch.latents.shape, 2.0) - 1)
+    unknown = (mouth.flatten(1).sum(1) == 0).view(-1, 1, 1, 1, 1)
+    mouth = torch.where(unknown, free, mouth)  # no box: everywhere
 
     def error(windows: Tensor) -> Tensor:
         velocity = velocity_of(dit, x, time, batch.y, batch.text, batch.tokens, windows).detach()

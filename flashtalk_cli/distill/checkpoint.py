@@ -72,6 +72,15 @@ def load(path: Path, ranks: Ranks) -> dict[str, Any]:
         raise InputError(f"{path} is broken ({reason}): remove it to go on from the one before") from None
 
 
+def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Hold a checkpoint to the run that would go on with it; InputError names what differs."""
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
+        raise InputError(
+            f"{path} is of another run: {', '.join(differing)} differ; choose another folder, or remove that one"
+        )
+
+
 def generators_state(generators: dict[str, Generator]) -> dict[str, Tensor]:
     """States of random generators, to be kept."""
     return {name: generator.get_state() for name, generator in generators.items()}
@@ -88,10 +97,13 @@ def save_weights(
 ) -> Path:
     """Write OUT/weights.safetensors in bfloat16, complete or not at all; all ranks must call it."""
     path = out / WEIGHTS
-    written = dict(whole_tensors(names, tensors, torch.bfloat16))
-    if ranks.leads:
+    whole = whole_tensors(names, tensors, torch.bfloat16)
+    if not ranks.leads:
+        for _ in whole:  # gathered together, kept by one
+            pass
+    else:
         try:
-            save_tensors(path, written, note)
+            save_tensors(path, dict(whole), note)
         except OSError as error:
             raise OutputError(f"{path} cannot be written ({error.strerror or error})") from None
     ranks.wait()

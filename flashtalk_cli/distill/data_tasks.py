@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 from flashtalk_cli.distill import shards
-from flashtalk_cli.distill.encoding import Encoders
+from flashtalk_cli.distill.encoding import Encoders, origin_of
 from flashtalk_cli.distill.work import Work
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, OutputError
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, OutputError
 
 
 def make_people(work: Work) -> int:
@@ -77,7 +77,7 @@ def _count(work: Work, origin: shards.Origin, n_frames: int) -> None:
 def prepare(work: Work) -> int:
     """`train prepare`: examples of real footage, going on where an earlier run ended."""
     from flashtalk_cli.distill.filters import opencv_faces
-    from flashtalk_cli.distill.footage import KEPT, Preparation
+    from flashtalk_cli.distill.footage import KEPT, SHARD, Preparation
     from flashtalk_cli.distill.people_data import merged
 
     job, base = work.job, work.job.base
@@ -87,24 +87,32 @@ def prepare(work: Work) -> int:
     encoders = Encoders(work.folder, base, work.ranks.device)
     origin = _begin(work, encoders, [base.sampling.prompt])
     numbers = shards.numbers_in(job.out)
-    n_clips, number = sum(map(shards.clips_in, numbers.values())), len(numbers)
+    n_clips, number = sum(map(shards.clips_in, numbers.values())), max(numbers, default=-1) + 1
     preparation = Preparation(encoders, job.preset.data, job.source, job.out, faces)
     left = preparation.left()
     work.say("footage", f"{len(left)} files, {len(preparation.journal)} done before")
     n_done = 0
-    for by_size, done in preparation.batches():
-        for size_px, parts in by_size.items():
-            shards.write_shard(job.out, size_px, number, merged(parts))
+
+    def ends() -> bool:
+        late = job.max_seconds is not None and time.monotonic() - started_s > job.max_seconds
+        return late or work.stop.is_set()
+
+    for batch in preparation.batches(ends):
+        names = {}
+        for size_px, parts in batch.clips.items():
+            names[size_px] = shards.write_shard(job.out, size_px, number, merged(parts)).name
             number, n_clips = number + 1, n_clips + len(parts)
-        preparation.write_journal(done)
+        preparation.write_journal(
+            {
+                file: said | ({SHARD: names[size]} if KEPT in said else {})
+                for file, (size, said) in batch.done.items()
+            }
+        )
         shards.write_origin(job.out, origin.model_copy(update={"clips": n_clips}))
-        n_done += len(done)
+        n_done += len(batch.done)
         work.emitter.emit(
             "progress", name="footage", done=n_done, total=len(left), unit=f"files, {n_clips} clips"
         )
-        late = job.max_seconds is not None and time.monotonic() - started_s > job.max_seconds
-        if work.stop.is_set() or late:
-            break
     if work.stop.is_set():
         work.emitter.emit("interrupted", path=job.out)
         return INTERRUPTED_EXIT_CODE
@@ -120,8 +128,10 @@ def prepare(work: Work) -> int:
 
 def _begin(work: Work, encoders: Encoders, prompts: list[str]) -> shards.Origin:
     """Make the folder and say what it is; or what it says of itself, held to this job."""
-    out = work.job.out
-    origin = encoders.origin(prompts)
+    job, out = work.job, work.job.out
+    origin = origin_of(
+        encoders.folder, encoders.base, job.preset.data.shard_clips, prompts, held_out=job.held_out
+    )
     if work.ranks.leads:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -132,9 +142,5 @@ def _begin(work: Work, encoders: Encoders, prompts: list[str]) -> shards.Origin:
             shards.write_origin(out, origin)
     work.ranks.wait()
     found = shards.read_origin(out)
-    shards.check_origin(out, found, origin)
-    if found.prompts != prompts:
-        raise InputError(
-            f"{out} was made with the prompts {found.prompts}, now they are {prompts}: choose another"
-        )
+    shards.check_addition(out, found, origin)
     return found

@@ -12,7 +12,7 @@ all ranks, so that all do equal work. Teacher and critic look at times inside th
 A rollout costs many times what an update does, so the critic learns from the same one before, from
 each of its chunks in turn, the last first: whatever it has seen then is the student's of this moment.
 
-K chunks are seconds, and some faults take minutes to show. So a share of the rollouts (`carry`) may begin
+K chunks are seconds, and some faults take longer to show. So a share of the rollouts (`carry`) may begin
 where an earlier one had come to, with the same people saying the same again: its cost is that of any
 rollout, and its past grows by k - 1 chunks each time. That is an addition to the paper's method.
 """
@@ -40,7 +40,7 @@ from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.sampler import Predict, hold_motion
 from flashtalk_cli.pipeline.schedule import times
 
-CARRIED_ROLLOUTS = 16  # at most, that wait to be gone on with
+CARRIED_ROLLOUTS = 8  # at most, that wait to be gone on with
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,6 @@ class Encoders:
         self.speech: SpeechEncoder = weights.load_speech_encoder(folder, device, torch.float32)
         self.image: ImageEncoder = weights.load_image_encoder(folder, device, dtype)
 
-    def origin(self, prompts: list[str]) -> Origin:
-        """What makes these examples what they are."""
-        return origin_of(self.folder, self.base, prompts)
-
     def encode_prompts(self, prompts: Sequence[str]) -> list[Tensor]:
         """Rows [L, dim] of each prompt; the text encoder is loaded for this alone."""
         text = weights.load_text_encoder(self.folder, self.device, self.vae.conv1.weight.dtype)
@@ -160,12 +156,17 @@ class Encoders:
         return as_stored({**whole, **pictures, "latents": latents, "heard": heard})
 
 
-def origin_of(folder: ModelFolder, base: Preset, prompts: list[str]) -> Origin:
+def origin_of(
+    folder: ModelFolder, base: Preset, shard_clips: int, prompts: list[str], *, held_out: bool = False
+) -> Origin:
     """What examples made with this model and preset say of themselves."""
     return Origin(
         chunk_frames=base.sampling.chunk_frames,
         motion_frames=base.sampling.motion_frames,
         fps=base.sampling.fps,
+        area_px=base.canvas.area_px,
+        shard_clips=shard_clips,
+        held_out=held_out,
         hearing=base.hearing,
         encoders=digest_of(folder),
         prompts=prompts,

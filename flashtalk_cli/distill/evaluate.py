@@ -13,7 +13,6 @@ Writes eval.json, eval.md, plots and film strips.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,6 @@ class Result:
     silent_gap: float  # mean gap in silence over the mouth's width
     silent_life: float
     recorded: Lips  # against how loud a recorded voice is
-    chunk_s: float
     gap: Tensor  # [P, frames of the beginning]
     strip: Tensor  # uint8 [P, STRIP_TIMES, H, W, 3]
     talking: Tensor  # uint8 [P, n, H, W, 3]: the first seconds
@@ -96,7 +94,6 @@ class Result:
             "silent_gap": self.silent_gap,
             "silent_life": self.silent_life,
             "recorded": vars(self.recorded),
-            "chunk_s": self.chunk_s,
             "series": {name: self.series[:, i].tolist() for i, name in enumerate(NAMES)},
         }
 
@@ -123,7 +120,7 @@ class Bench:
         wanted = [round(i * (n_frames - 1) / (STRIP_TIMES - 1)) for i in range(STRIP_TIMES)]
         measured, crops, strip, talking = [], [], [], []
         before = panel.pictures.to(panel.encoders.device)
-        started_s, at = time.monotonic(), 0
+        at = 0
         for index, frames in enumerate(self._drive(dit, candidate, panel)):
             measured.append(measure_frames(frames, before, self.reference))
             crops.append(mouth_crops(frames, panel.mouth_box))
@@ -133,7 +130,6 @@ class Bench:
                 talking.append(frames.cpu())
             at += frames.shape[1]
             self.report(candidate.name, index + 1, candidate.n_chunks)
-        chunk_s = (time.monotonic() - started_s) / candidate.n_chunks
         gap = gaps_of(torch.cat(crops, dim=1), widths)
         values = torch.cat(measured, dim=1).mean(0).cpu()
         window = min(round(plan.window_s * sampling.fps), n_frames)
@@ -154,7 +150,6 @@ class Bench:
             silent_gap=silent_gap,
             silent_life=silent_life,
             recorded=self._recorded(dit, candidate),
-            chunk_s=chunk_s,
             gap=gap[:, :n_shown],
             strip=torch.stack(strip, dim=1),
             talking=torch.cat(talking, dim=1),

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from flashtalk_cli.distill.checkpoint import WEIGHTS
+from flashtalk_cli.distill.shards import ENCODERS, fingerprint
 from flashtalk_cli.errors import InputError, ModelError, OutputError
 from flashtalk_cli.models.export import write_component, write_config
 from flashtalk_cli.models.folder import DIT_STEM, SPEECH_FOLDER, ModelFolder
@@ -31,8 +32,8 @@ def weights_of(run: Path) -> Path:
 def export(run: Path, out: Path, model: ModelFolder) -> list[Path]:
     """Write a run's weights into the folder `out`, beside the encoders that they were trained with.
 
-    A folder without encoders gets those of `model`. The weights are bfloat16. Returns the files of
-    the diffusion transformer. Raises InputError or ModelError when run and model do not fit each
+    Encoders of another model that lie there are replaced by those of `model`; what else lies there stays.
+    The weights are bfloat16. Returns the files of the diffusion transformer. Raises InputError or ModelError when run and model do not fit each
     other, OutputError when the folder cannot be written.
     """
     path = weights_of(run)
@@ -56,16 +57,24 @@ def export(run: Path, out: Path, model: ModelFolder) -> list[Path]:
 
 
 def _complete(out: Path, model: ModelFolder) -> None:
-    """Copy what a model folder needs beside the diffusion transformer, where it is not there."""
+    """Copy a model's encoders, and what else a folder needs where it is not there."""
     out.mkdir(parents=True, exist_ok=True)
     if out.resolve() == model.path.resolve():
         return
+    speech = out / SPEECH_FOLDER
+    there = ModelFolder(out.name, out, speech)
+    for component in ENCODERS:
+        old = there.files(component)
+        if old and fingerprint(old) != fingerprint(model.files(component)):
+            if component == "speech":  # its sizes lie beside it
+                shutil.rmtree(speech)
+            else:
+                old[0].unlink()
     for source in model.path.rglob("*"):
         target = out / source.relative_to(model.path)
         if source.is_file() and not target.exists() and not source.name.startswith(DIT_STEM):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    speech = out / SPEECH_FOLDER
     if not speech.exists() and model.speech_path.is_dir():
         shutil.copytree(model.speech_path, speech)
 

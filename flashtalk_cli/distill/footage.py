@@ -12,7 +12,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset
 from flashtalk_cli.distill.config import Data
 from flashtalk_cli.distill.encoding import Clip, Encoders
 from flashtalk_cli.distill.filters import Box, Faces, background_motion, face_box, has_cut
+from flashtalk_cli.distill.shards import shard_paths
 from flashtalk_cli.errors import FlashtalkError, InputError
 from flashtalk_cli.media.audio import prepare_speech, read_samples
 from flashtalk_cli.media.ffmpeg import Reading, cause, file_input, run
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".ts")
 JOURNAL = "files.json"
 KEPT = "kept"
+SHARD = "shard"  # in the journal: the file with a video's clips
 
 
 def videos_in(folder: Path) -> list[Path]:
@@ -55,15 +57,6 @@ def nearest(buckets: list[Canvas], width_px: int, height_px: int) -> Canvas:
     """The bucket that loses least of a frame."""
     wanted = np.log(width_px / height_px)
     return min(buckets, key=lambda canvas: abs(np.log(canvas.width_px / canvas.height_px) - wanted))
-
-
-@dataclass(frozen=True)
-class Found:
-    """Clips of one file that are fit, and how many there were for every reason."""
-
-    size_px: tuple[int, int]
-    clips: list[Clip]
-    reasons: Counter
 
 
 class FrameReading(Reading):
@@ -101,24 +94,24 @@ def size_of(path: Path) -> tuple[int, int]:
     return Image.open(io.BytesIO(data)).size
 
 
-def cut(path: Path, base: Preset, data: Data, buckets: list[Canvas], faces: Faces | None) -> Found:
-    """The clips of a file. Raises InputError for a file that is no video, or has no sound."""
+def cut(
+    path: Path, canvas: Canvas, base: Preset, data: Data, faces: Faces | None
+) -> Iterator[tuple[str, Clip | None]]:
+    """What became of each clip of a file, with the clip if it is fit, one at a time: hours of video do not fit
+    in memory. Raises InputError for a file without sound.
+    """
     sampling = base.sampling
-    canvas = nearest(buckets, *size_of(path))
     longest = sampling.motion_frames + data.clip_chunks * sampling.new_frames
     shortest = sampling.motion_frames + 2 * sampling.new_frames
     samples = _sound(path, base)
-    found = Found((canvas.height_px, canvas.width_px), [], Counter())
     at = 0
     with FrameReading(path, canvas, sampling.fps) as reading:
         while len(frames := reading.frames(longest)) >= shortest:
             verdict, box = judge(frames, data, faces)
-            found.reasons[verdict] += 1
-            if verdict == KEPT:
-                origin = at * SAMPLE_RATE_HZ // sampling.fps
-                found.clips.append(Clip(torch.from_numpy(frames.copy()), samples, origin, box))
+            origin = at * SAMPLE_RATE_HZ // sampling.fps
+            fit = verdict == KEPT
+            yield verdict, Clip(torch.from_numpy(frames.copy()), samples, origin, box) if fit else None
             at += len(frames)
-    return found
 
 
 def judge(frames: np.ndarray, data: Data, faces: Faces | None) -> tuple[str, Box | None]:
@@ -148,6 +141,16 @@ def _sound(path: Path, base: Preset) -> np.ndarray:
         return read_samples(speech, 0, speech.n_samples) * np.float32(gain)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Clips of some files, encoded, by the size of their frames in pixels; and of each file that size and what is
+    to be said of it.
+    """
+
+    clips: dict[tuple[int, int], list[dict[str, Tensor]]]
+    done: dict[str, tuple[tuple[int, int], dict[str, Any]]]
+
+
 class Preparation:
     """Goes through a folder; what it has done is written to a journal when its shards are on disk."""
 
@@ -157,18 +160,25 @@ class Preparation:
         self.journal: dict[str, Any] = read_journal(out)
 
     def left(self) -> list[Path]:
-        """Files that are not in the journal."""
-        return [path for path in videos_in(self.folder) if self._name(path) not in self.journal]
+        """Files that are not in the journal, or whose shard is gone."""
+        there = {path.name for paths in shard_paths(self.out).values() for path in paths}
+        done = {name for name, said in self.journal.items() if said.get(SHARD) in {None, *there}}
+        return [path for path in videos_in(self.folder) if self._name(path) not in done]
 
     def encode(self, path: Path) -> tuple[tuple[int, int], list[dict[str, Tensor]], dict[str, Any]]:
         """A file's clips as shards of one clip, and what to say of the file. Bad files are passed over."""
+        reasons: Counter[str] = Counter()
+        tensors = []
         try:
-            found = cut(path, self.encoders.base, self.data, self.buckets, self.faces)
+            canvas = nearest(self.buckets, *size_of(path))
+            for verdict, clip in cut(path, canvas, self.encoders.base, self.data, self.faces):
+                reasons[verdict] += 1
+                if clip is not None:
+                    tensors.append(self.encoders.encode([clip], self.data.pictures))
         except FlashtalkError as error:
             log.warning("%s", error)
             return (0, 0), [], {"error": str(error)}
-        tensors = [self.encoders.encode([clip], self.data.pictures) for clip in found.clips]
-        return found.size_px, tensors, dict(found.reasons)
+        return (canvas.height_px, canvas.width_px), tensors, dict(reasons)
 
     def write_journal(self, done: dict[str, Any]) -> None:
         """Note files whose shards are on disk."""
@@ -180,19 +190,21 @@ class Preparation:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
-    def batches(self) -> Iterator[tuple[dict[tuple[int, int], list[dict[str, Tensor]]], dict[str, Any]]]:
-        """Clips by size and the files they come from, whenever there are enough for a shard, and at the end."""
-        waiting: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
-        done: dict[str, Any] = {}
+    def batches(self, ends: Callable[[], bool]) -> Iterator[Batch]:
+        """Clips and the files they come from, whenever there are enough for a shard, and when it `ends`."""
+        batch = Batch({}, {})
         for path in self.left():
+            if ends():
+                break
             size_px, tensors, said = self.encode(path)
-            waiting.setdefault(size_px, []).extend(tensors)
-            done[self._name(path)] = said
-            if sum(map(len, waiting.values())) >= self.data.shard_clips:
-                yield {size: parts for size, parts in waiting.items() if parts}, done
-                waiting, done = {}, {}
-        if done:
-            yield {size: parts for size, parts in waiting.items() if parts}, done
+            batch.done[self._name(path)] = (size_px, said)
+            if tensors:
+                batch.clips.setdefault(size_px, []).extend(tensors)
+            if sum(map(len, batch.clips.values())) >= self.data.shard_clips:
+                yield batch
+                batch = Batch({}, {})
+        if batch.done:
+            yield batch
 
 
 def read_journal(out: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def gaps_of(crops: Tensor, widths: Tensor) -> Tensor:
     """
     meter = load_meter().to(crops.device)
     found = []
-    for some in crops.split(CLIP_FRAMES, dim=1):
+    for some in crops.tensor_split(max(1, round(crops.shape[1] / CLIP_FRAMES)), dim=1):
         pixels = some.float() / 127.5 - 1
         found.append(meter(beside_median(pixels)).view(len(crops), -1) * widths[:, None].to(crops.device))
     meter.cpu()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from flashtalk_cli.config import PATCH_PX, Canvas, Sampling
 from flashtalk_cli.distill.config import Network
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.models.dit import DitParams
-from flashtalk_cli.parallel.ranks import Ranks
 
 GIB = 2**30
 FLOAT32_BYTES = 4
@@ -85,22 +84,22 @@ def available_bytes(device: torch.device) -> int:
     """Memory that this process can still have on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
-def check(need: Need, ranks: Ranks, what: str) -> None:
-    """Raise DeviceError, with the numbers and how many GPUs would do, when a run does not fit."""
-    have = int(available_bytes(ranks.device) * (1 - RESERVE))
+def check(need: Need, device: torch.device, shards: int, what: str) -> None:
+    """Raise DeviceError, with the numbers and what would do, when a run of so many shards does not fit."""
+    have = int(available_bytes(device) * (1 - RESERVE))
     if need.total <= have:
         return
     activations = need.parts.get("activations", 0) + need.parts.get("gathered blocks", 0)
-    spread = (need.total - activations) * ranks.size
+    spread = (need.total - activations) * shards
     room = have - activations
     if room <= 0:
         mend = "lower micro_batch or the canvas, or set network.recompute=true"
     else:
-        mend = f"{-(-spread // room)} such devices would do (--gpus)"
+        mend = f"{-(-spread // room)} such devices would do (--gpus, with network.shard=true)"
     raise DeviceError(
-        f"{what} needs {need.total / GIB:.1f} GiB a device ({need}), {ranks.device} has {have / GIB:.1f} GiB "
+        f"{what} needs {need.total / GIB:.1f} GiB a device ({need}), {device} has {have / GIB:.1f} GiB "
         f"for it: {mend}"
     )

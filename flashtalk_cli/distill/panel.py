@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill.config import Evaluation
 from flashtalk_cli.distill.encoding import Clip, Encoders, colour_of, loudness_gain
 from flashtalk_cli.distill.people.bank import SpeechBank
@@ -111,8 +110,3 @@ def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel
         sound=sound,
         encoders=encoders,
     )
-
-
-def seconds_of(panel: Panel) -> float:
-    """How long the shortest talk is."""
-    return min(len(samples) for samples in panel.sound) / SAMPLE_RATE_HZ

@@ -18,8 +18,9 @@ from flashtalk_cli.distill.people.backdrop import draw_backdrop
 from flashtalk_cli.distill.people.bank import Speech, SpeechBank, disturb
 from flashtalk_cli.distill.people.clips import render_clips
 from flashtalk_cli.distill.people.head import unit_names
-from flashtalk_cli.distill.people.perform import Performance, begin_smiling, perform
+from flashtalk_cli.distill.people.perform import FPS, Performance, begin_smiling, perform
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
+from flashtalk_cli.errors import InputError
 
 CLIPS_AT_ONCE = 16
 MOUTH_TO_FACE = 1.9  # the weighted box is this many times as large as the mouth's own
@@ -44,6 +45,8 @@ class Cast:
     def of(preset: TrainPreset, base: Preset, n_chunks: int, held_out: bool) -> Cast:
         """Clips of that many chunks."""
         sampling, hearing = base.sampling, base.hearing
+        if sampling.fps != FPS:
+            raise InputError(f"generated people move at {FPS} frames a second, the preset has {sampling.fps}")
         return Cast(
             height_px=base.canvas.height_px,
             width_px=base.canvas.width_px,
@@ -90,7 +93,7 @@ def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
         spec=spec,
         performance=shown,
         samples=(heard * np.float32(gain)).astype(np.float32),
-        origin=before * SAMPLE_RATE_HZ // 25,
+        origin=before * SAMPLE_RATE_HZ // FPS,
         backdrop=draw_backdrop(spec, cast.height_px, cast.width_px).numpy(),
     )
 

@@ -268,12 +268,14 @@ class Pool:
 
     def check_chains(self, folder: Path, n_chunks: int) -> None:
         """Raise InputError unless some clip is long enough for a rollout of that many chunks."""
-        longest = max(int(bucket.run.max()) for bucket in self.buckets)
-        if not any(len(bucket.chains_of(n_chunks)) for bucket in self.buckets):
-            raise InputError(
-                f"the longest clip in {folder} has {longest} chunks, rollouts need {n_chunks}: "
-                f"prepare longer clips, or set distill.chunks to {longest}"
-            )
+        if any(len(bucket.chains_of(n_chunks)) for bucket in self.buckets):
+            return
+        fits = (n for n in range(n_chunks, 0, -1) if any(len(bucket.chains_of(n)) for bucket in self.buckets))
+        longest = next(fits, 0)
+        raise InputError(
+            f"the longest clip in {folder} that has a picture to spare has {longest} chunks, rollouts need "
+            f"{n_chunks}: prepare longer clips, or set distill.chunks to {max(1, longest)}"
+        )
 
 
 def open_pool(folder: Path, motion_frames: int, new_frames: int, device: torch.device, resident: str) -> Pool:

@@ -39,12 +39,13 @@ from torch import Tensor
 
 from flashtalk_cli.config import Frozen, Hearing
 from flashtalk_cli.errors import InputError, OutputError
-from flashtalk_cli.models.folder import ModelFolder
+from flashtalk_cli.models.folder import Component, ModelFolder
 from flashtalk_cli.pipeline.chunks import WINDOW_FRAMES
 
 FORMAT = 1
 INDEX, TEXTS = "data.json", "texts.safetensors"
 PROBE_BYTES = 1 << 20  # of each end of a file of weights
+ENCODERS: tuple[Component, ...] = ("vae", "speech", "image", "text")
 
 
 class Origin(Frozen):
@@ -54,6 +55,9 @@ class Origin(Frozen):
     chunk_frames: int
     motion_frames: int
     fps: int
+    area_px: int  # of a frame, about: the canvas whose shapes the sizes of shards are
+    shard_clips: int
+    held_out: bool  # people kept from training
     hearing: Hearing
     encoders: dict[str, str]  # component -> digest
     prompts: list[str]
@@ -62,18 +66,20 @@ class Origin(Frozen):
 
 
 def digest_of(folder: ModelFolder) -> dict[str, str]:
-    """A fingerprint of each encoder's files: sizes, and the bytes at both ends."""
-    found = {}
-    for component in ("vae", "speech", "image", "text"):
-        digest = hashlib.sha256()
-        for path in folder.files(component):  # type: ignore[arg-type]
-            size_bytes = path.stat().st_size
-            with path.open("rb") as file:
-                digest.update(str(size_bytes).encode() + file.read(PROBE_BYTES))
-                file.seek(max(0, size_bytes - PROBE_BYTES))
-                digest.update(file.read(PROBE_BYTES))
-        found[component] = digest.hexdigest()[:16]
-    return found
+    """A fingerprint of each encoder's files."""
+    return {component: fingerprint(folder.files(component)) for component in ENCODERS}
+
+
+def fingerprint(paths: Sequence[Path]) -> str:
+    """Of files of weights: their sizes, and the bytes at both ends of each."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(str(size_bytes).encode() + file.read(PROBE_BYTES))
+            file.seek(max(0, size_bytes - PROBE_BYTES))
+            digest.update(file.read(PROBE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -113,12 +119,24 @@ def check_origin(folder: Path, found: Origin, wanted: Origin) -> None:
         have, want = getattr(found, name), getattr(wanted, name)
         if have != want:
             raise InputError(f"{folder} was made with {name} {have}, the preset has {want}: prepare it again")
+    if found.held_out != wanted.held_out:
+        kept = "are held out of training" if found.held_out else "are not held out of training"
+        raise InputError(f"the people of {folder} {kept}: choose another folder")
     differing = [name for name, digest in wanted.encoders.items() if found.encoders.get(name) != digest]
     if differing:
         raise InputError(
             f"{folder} was made by another model's {', '.join(differing)} encoder "
             f"({found.encoders.get(differing[0])}, not {wanted.encoders[differing[0]]}): prepare it again"
         )
+
+
+def check_addition(folder: Path, found: Origin, wanted: Origin) -> None:
+    """Hold a folder to those who would add to it, too: a shard's number must mean the same clips."""
+    check_origin(folder, found, wanted)
+    for name in ("area_px", "shard_clips", "prompts"):
+        have, want = getattr(found, name), getattr(wanted, name)
+        if have != want:
+            raise InputError(f"{folder} was made with {name} {have}, now it is {want}: choose another folder")
 
 
 def shard_paths(folder: Path) -> dict[tuple[int, int], list[Path]]:

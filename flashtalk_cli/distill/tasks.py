@@ -55,7 +55,7 @@ def _fast_matrices(device: torch.device) -> None:
 def adapt(work: Work) -> int:
     """`train adapt`: stage 1."""
     preset = work.job.preset
-    work.check_memory("stage 1", preset.adapt.micro_batch, trained=1, frozen=0, averaged=1)
+    work.check_memory("stage 1", preset.adapt, trained=1, frozen=0)
     pool = work.open_pool()
     dit = work.build()
     work.place(dit, trained=True)
@@ -81,7 +81,7 @@ def distill(work: Work) -> int:
     stage = preset.distill
     assert work.job.data is not None
     assert work.job.teacher is not None
-    work.check_memory("stage 2", stage.micro_batch, trained=2, frozen=1, averaged=1)
+    work.check_memory("stage 2", stage, trained=2, frozen=1)
     pool = work.open_pool()
     pool.check_chains(work.job.data, stage.chunks)
     path = weights_of(work.job.teacher)

@@ -68,6 +68,7 @@ class Course:
     max_seconds: float | None
     resume: bool
     note: dict[str, str]
+    identity: dict[str, str]  # what a checkpoint must agree in to be gone on with
 
 
 def train(stage: Stage, course: Course) -> int:
@@ -97,13 +98,15 @@ def train(stage: Stage, course: Course) -> int:
             if journal is not None and found:
                 journal.write(step, {**found, "elapsed_s": now_s - started_s})
             _report(course, stage, found)
-        if ranks.any(now_s - saved_s > keeping.save_every_s) and not ending:
-            _save(stage, course)
-            saved_s = time.monotonic()
+            if ranks.any(now_s - saved_s > keeping.save_every_s) and not ending:
+                _save(stage, course)  # what was just looked at, so that no checkpoint has diverged
+                saved_s = time.monotonic()
         if ending:
             break
     if journal is not None:
         journal.close()
+    if interrupted:
+        course.emitter.emit("stage", name="save", detail="what was learned; once more ends it at once")
     _save(stage, course)
     path = checkpoint.save_weights(
         course.out, *stage.weights(), ranks, course.note | {"step": str(stage.step_count)}
@@ -131,6 +134,7 @@ def _begin(stage: Stage, course: Course) -> None:
     if not found:
         return
     state = checkpoint.load(found[-1], course.ranks)
+    checkpoint.check_identity(found[-1], state.get("identity", {}), course.identity)
     stage.load(state["stage"])
     checkpoint.load_generators({"shared": stage.shared, "own": stage.own}, state["generators"])
     course.emitter.emit("stage", name="resume", detail=f"{found[-1].name} of {course.out}")
@@ -138,6 +142,7 @@ def _begin(stage: Stage, course: Course) -> None:
 
 def _save(stage: Stage, course: Course) -> None:
     state = {
+        "identity": course.identity,
         "stage": stage.state(),
         "generators": checkpoint.generators_state({"shared": stage.shared, "own": stage.own}),
     }

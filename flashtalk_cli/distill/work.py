@@ -10,8 +10,10 @@ import torch
 from torch import Generator
 
 from flashtalk_cli.distill import memory, networks, shards
-from flashtalk_cli.distill.config import Optimiser, TrainJob
+from flashtalk_cli.distill.adapt import passes
+from flashtalk_cli.distill.config import Adapt, Distill, Optimiser, TrainJob
 from flashtalk_cli.distill.encoding import origin_of
+from flashtalk_cli.distill.export import weights_of
 from flashtalk_cli.distill.optimise import Trained
 from flashtalk_cli.distill.pool import Pool, open_pool
 from flashtalk_cli.distill.trainer import Course
@@ -76,28 +78,30 @@ class Work:
         copies = self.ranks.size // self.shards
         return Trained(dit, optimiser, steps, ema_decay, self.ranks.mean if copies > 1 else None)
 
-    def check_memory(self, what: str, micro_batch: int, *, trained: int, frozen: int, averaged: int) -> None:
-        """Refuse a run that this machine cannot hold."""
+    def check_memory(self, what: str, stage: Adapt | Distill, *, trained: int, frozen: int) -> None:
+        """Refuse a run that this machine cannot hold. One of the trained networks keeps its average."""
         base = self.job.base
+        _, per_pass = passes(stage.batch, stage.micro_batch, self.ranks.size)
         need = memory.need_of(
             self.params,
             self.job.preset.network,
             base.canvas,
             base.sampling,
-            micro_batch,
+            per_pass,
             self.shards,
             trained=trained,
             frozen=frozen,
-            averaged=averaged,
+            averaged=1,
         )
-        memory.check(need, self.ranks, what)
+        memory.check(need, self.ranks.device, self.shards, what)
 
     def open_pool(self) -> Pool:
         """The examples, held to the model and the preset."""
         job, sampling = self.job, self.job.base.sampling
         assert job.data is not None
         found = shards.read_origin(job.data)
-        shards.check_origin(job.data, found, origin_of(self.folder, job.base, found.prompts))
+        wanted = origin_of(self.folder, job.base, job.preset.data.shard_clips, found.prompts)
+        shards.check_origin(job.data, found, wanted)
         pool = open_pool(
             job.data, sampling.motion_frames, sampling.new_frames, self.ranks.device, job.preset.data.resident
         )
@@ -117,4 +121,20 @@ class Work:
             max_seconds=job.max_seconds,
             resume=job.resume,
             note={"stage": job.task, "preset": job.preset.name, "settings": job.preset.model_dump_json()},
+            identity=self.identity(),
         )
+
+    def identity(self) -> dict[str, str]:
+        """What a run is of: with anything else of these, another run begins."""
+        job = self.job
+        assert job.data is not None
+        found = {
+            "stage": job.task,
+            "network's sizes": str(self.params),
+            "encoders": str(sorted(shards.read_origin(job.data).encoders.items())),
+        }
+        if job.task == "adapt":
+            return found | {"optimiser": f"muon={job.preset.adapt.optimiser.muon}"}
+        assert job.teacher is not None
+        n_clips = shards.read_origin(job.data).clips  # people who wait to be gone on with have numbers
+        return found | {"teacher": shards.fingerprint([weights_of(job.teacher)]), "clips": str(n_clips)}

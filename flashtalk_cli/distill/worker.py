@@ -19,10 +19,14 @@ from flashtalk_cli import log
 from flashtalk_cli.distill import tasks
 from flashtalk_cli.distill.config import TrainJob
 from flashtalk_cli.distill.work import Work
-from flashtalk_cli.errors import DeviceError, FlashtalkError
+from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.models.device import choose_device
-from flashtalk_cli.parallel.ranks import join
+from flashtalk_cli.parallel.failing import fail, reason
+from flashtalk_cli.parallel.ranks import PEER_TIMEOUT_S, Ranks, join
+
+UNEVEN_TASKS = ("people", "eval")  # whose ranks work by themselves, some much longer than others
+UNEVEN_S = 7 * 24 * 3600.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,30 +35,24 @@ def main(argv: Sequence[str]) -> int:
     os.dup2(2, 1)  # what libraries print goes to the log
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    emitter = Emitter(None)
+    emitter = Emitter(Path(argv[1]))
+    ranks = Ranks(torch.device("cpu"))
     try:
         job = TrainJob.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        ranks = join(choose_device(job.base.compute.device))
-        if ranks.leads:
-            emitter = Emitter(Path(argv[1]))
+        patience_s = UNEVEN_S if job.task in UNEVEN_TASKS else PEER_TIMEOUT_S
+        ranks = join(choose_device(job.base.compute.device), patience_s=patience_s)
         log.setup(debug="--debug" in argv, rank=ranks.rank)
         watch_parent(stop.set, emitter)
-        try:
-            return tasks.run(Work(job, ranks, emitter, stop))
-        finally:
-            ranks.leave()
+        code = tasks.run(Work(job, ranks, emitter if ranks.leads else Emitter(None), stop))
+        ranks.leave()
+        return code if ranks.leads else 0  # the first that is not 0 ends the others, and rank 0 may be reporting
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
-        return _fail(emitter, DeviceError(f"out of memory: {first}; lower micro_batch with --set"))
+        return fail(emitter, DeviceError(f"out of memory: {first}; lower micro_batch with --set"), ranks)
     except Exception as error:
-        return _fail(emitter, error)
+        return fail(emitter, reason(error, ranks, stop), ranks)
     finally:
         emitter.close()
-
-
-def _fail(emitter: Emitter, error: Exception) -> int:
-    emitter.error(error)
-    return error.exit_code if isinstance(error, FlashtalkError) else FlashtalkError.exit_code
 
 
 if __name__ == "__main__":

@@ -132,17 +132,18 @@ class Ranks:
         watch.cancel()
 
 
-def join(device: torch.device, log: Path | None = None) -> Ranks:
+def join(device: torch.device, log: Path | None = None, patience_s: float = PEER_TIMEOUT_S) -> Ranks:
     """Join the run's process group, when torchrun started this process; each rank takes a GPU of its own.
 
     Tensors on a GPU travel by NCCL, and tensors on the CPU, which coordinate, by gloo. From here on this
-    process dies with the torchrun that started it. `log` is where this rank's log lies, for the others' errors.
-    Raises DeviceError when there are fewer GPUs than ranks.
+    process dies with the torchrun that started it. `log` is where this rank's log lies, for the others' errors;
+    `patience_s` is how long an exchange may take, where nobody keeps a watch on the pulse. Raises DeviceError
+    when there are fewer GPUs than ranks.
     """
     if not dist.is_torchelastic_launched():
         return Ranks(device)
     _die_with_parent()
-    timeout = timedelta(seconds=PEER_TIMEOUT_S)
+    timeout = timedelta(seconds=patience_s)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timedelta(seconds=SILENT_S))
     if device.type == "cuda":
