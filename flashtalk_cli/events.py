@@ -37,6 +37,7 @@ import socket
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,11 @@ KINDS = {
     "error": {"type", "message", "exit_code", "traceback"},
 }
 LAST = ("done", "interrupted", "error")
+
+FLUSH_S = 2.0  # what a run's last word, and `close`, wait for a parent that does not read
+MOST_WAITING = 10_000  # events kept for one; beyond these the oldest go
+ROOM_BYTES = 1 << 20  # asked of the kernel for the last word; it gives what it allows
+LOOK_UP_S = 0.2
 
 
 def event(kind: str, /, **fields: Any) -> Event:
@@ -106,12 +112,21 @@ def _plain(value: Any) -> Any:
 class Emitter:
     """The worker's end: sends events to the parent's socket; with no path it sends nothing.
 
-    Usable from several threads. A parent that has gone away is no error here: `watch_parent`
-    notices that and ends the worker.
+    Usable from several threads and from signal handlers. Nobody waits for a parent that does not read, one
+    that was stopped by Ctrl-Z for example: what the socket does not take is kept, of `live` the newest only,
+    and a thread sends it once the parent reads again. A run's last word waits until it is sent, FLUSH_S at
+    most, for the process may end right after it.
+
+    A parent that has gone away is no error here: `watch_parent` notices that and ends the worker.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._lock = threading.RLock()  # re-entrant: a signal handler may emit in the middle of an emit
+        self._sending = False  # such a handler then leaves its event to the emit that it interrupted
+        self._rest = b""  # of the line that the socket took a part of
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
+        self._newest = b""  # `live` event that waits, after all others
+        self._writer: threading.Thread | None = None  # while something waits
         self._socket: socket.socket | None = None
         if path is not None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -134,8 +149,20 @@ class Emitter:
         """Send an event that is already a value."""
         if self._socket is None:
             return
-        with self._lock, suppress(OSError):
-            self._socket.sendall(to_line(happened).encode() + b"\n")
+        line, is_last = to_line(happened).encode() + b"\n", happened["event"] in LAST
+        with self._lock:
+            if happened["event"] == "live":
+                self._newest = line
+            else:
+                self._waiting.append(line)
+            if is_last:
+                self._newest = b""
+                self._make_room()
+            if not self._write() and not (self._writer and self._writer.is_alive()):
+                self._writer = threading.Thread(target=self._write_on, name="events", daemon=True)
+                self._writer.start()
+        if is_last:
+            self._flush()
 
     def parent_closed(self, wait_s: float) -> bool:
         """Whether the parent's end has closed, after waiting up to that long for it."""
@@ -148,11 +175,55 @@ class Emitter:
             return self._socket is not None
 
     def close(self) -> None:
-        """Close the socket; everything sent before it arrives."""
+        """Close the socket; everything sent before it arrives, if the parent reads it within FLUSH_S."""
+        self._flush()
         with self._lock:
             if self._socket is not None:
                 line, self._socket = self._socket, None
                 line.close()
+
+    def _flush(self) -> None:
+        if (writer := self._writer) is not None:
+            writer.join(FLUSH_S)
+
+    def _make_room(self) -> None:
+        """For the last word behind all that the parent has not read: it finds both, even after we are gone."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, ROOM_BYTES)
+
+    def _write(self) -> bool:
+        """With the lock held, send what the socket takes at once: whether nothing is left."""
+        try:
+            while self._socket and not self._sending and (self._rest or self._waiting or self._newest):
+                self._sending = True
+                try:
+                    self._rest = self._rest or self._next_line()
+                    self._rest = self._rest[self._socket.send(self._rest, socket.MSG_DONTWAIT) :]
+                finally:
+                    self._sending = False
+        except BlockingIOError:
+            return False
+        except OSError:  # the parent is gone
+            self._rest = self._newest = b""
+            self._waiting.clear()
+        return True
+
+    def _next_line(self) -> bytes:
+        if self._waiting:
+            return self._waiting.popleft()
+        line, self._newest = self._newest, b""
+        return line
+
+    def _write_on(self) -> None:
+        """In a thread: send on as the parent reads, until nothing is left."""
+        while (line := self._socket) is not None:
+            with suppress(OSError, ValueError):  # closed meanwhile
+                select.select([], [line], [], LOOK_UP_S)
+            with self._lock:
+                if self._write():
+                    self._writer = None
+                    return
 
 
 def watch_parent(callback: Callable[[], None], emitter: Emitter | None = None, every_s: float = 0.5) -> None:

@@ -30,7 +30,8 @@ class Share:
             found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         if self.of > 1:
             given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            ids = given.split(",") if given else [str(index) for index in range(processes * self.of)]
+            every = map(str, range(processes * self.of))
+            ids = list(every) if given is None else given.split(",")  # empty: no GPU is to be used
             found["CUDA_VISIBLE_DEVICES"] = ",".join(
                 ids[self.index * processes : (self.index + 1) * processes]
             )

@@ -25,10 +25,10 @@ from flashtalk_cli.bench.measure import bench
 from flashtalk_cli.config import BenchJob, Job, RenderJob, ServeJob, StreamJob
 from flashtalk_cli.errors import PeerLost, WorkerError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.failing import fail, reason
 from flashtalk_cli.live.ending import leave
 from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
-from flashtalk_cli.parallel.failing import fail, reason
 from flashtalk_cli.parallel.pulse import Verdict
 from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.rendering import Worker, render

@@ -18,7 +18,10 @@ from flashtalk_cli.parallel.xfuser import xfuser_ring
 
 TOKENS, HEADS, DIM = 12_096, 40, 128
 REPEATS = 10
-NOISE = 0.02  # of the largest value; bfloat16 has 8 bits, and partial softmaxes are rounded once more
+# Root mean square of the difference, to that of the result. Round a ring xfuser merges halves by their logarithms
+# of sums, which are 9 here and which it rounds to bfloat16, so to 1/32: halves weigh wrong by up to 1/64, and their
+# sum is off by 0.013 (its code on a CPU).
+NOISE = 0.03
 
 
 def timed_ms(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
@@ -45,10 +48,10 @@ def compare(rank: int, options: SimpleNamespace) -> None:
     with torch.no_grad():
         one, one_ms = timed_ms(lambda: ours.attend(SDPA, q, k, v, TOKENS))
         other, other_ms = timed_ms(lambda: theirs.attend(SDPA, q, k, v, TOKENS))
-    error = ((one - other).abs().max() / one.abs().max()).item()
+    error = ((one - other).float().square().mean() / one.float().square().mean()).sqrt().item()
     if rank == 0:
         print(
             f"ulysses {options.ulysses}: torch {one_ms:.2f} ms, xfuser {other_ms:.2f} ms, difference {error:.4f}"
         )
+    assert error < NOISE, f"{error:.4f} apart; allowed {NOISE}"
     dist.destroy_process_group()
-    assert error < NOISE

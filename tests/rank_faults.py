@@ -16,7 +16,7 @@ from torch import Tensor
 from flashtalk_cli import rendering, worker
 from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import ModelError
-from flashtalk_cli.parallel.sequence import UlyssesRing
+from flashtalk_cli.pipeline import session
 from flashtalk_cli.rendering import Worker
 
 FAILS_IN_ROUND = 2
@@ -24,7 +24,7 @@ UNHARMED = "asked"
 
 
 def fail(how: str) -> None:
-    """Do what the preset's name says, in the middle of self-attention, while the others wait for this rank."""
+    """Do what the preset's name says, in mid-chunk, while the others wait for this rank in self-attention."""
     if how == "raises":
         raise ModelError("rank 1 has its reason")
     if how == "memory":
@@ -50,17 +50,20 @@ def counting(here: Worker, job: RenderJob, pieces: Iterable[Tensor], stdout: int
 
 
 def loading(here: Worker) -> object:
-    """Load the models, after saying the process ids of all ranks; rank 1's attention fails once it is warm."""
+    """Load the models, after saying the process ids of all ranks; a step of rank 1 fails once it is warm.
+
+    Before the step and not inside: on a GPU it is recorded by then, and Python is not there when it runs.
+    """
     pids = here.ranks.to_leader(os.getpid())
     here.emitter.emit("stage", name="ranks", detail=" ".join(map(str, [*pids, os.getppid()])))
-    attend, how = UlyssesRing.attend_room, here.preset.name
+    velocity, how = session._velocity, here.preset.name
 
-    def attending(self: UlyssesRing, *arguments: object) -> Tensor:
+    def failing(*arguments: object) -> Tensor:
         if here.ranks.rank == 1 and here.ranks.pulse.rounds == FAILS_IN_ROUND and how != UNHARMED:
             fail(how)
-        return attend(self, *arguments)
+        return velocity(*arguments)
 
-    UlyssesRing.attend_room = attending
+    session._velocity = failing
     if not shutil.which("ffmpeg"):
         rendering.write = counting
     return load_models(here)

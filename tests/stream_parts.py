@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,15 @@ def wait_until(true: Callable[[], bool], limit_s: float = 10.0) -> None:
     while not true():
         assert time.monotonic() < end_s, "it did not happen"
         time.sleep(0.01)
+
+
+def has_ipv6() -> bool:
+    """Whether one can listen at ::1."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

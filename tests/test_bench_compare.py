@@ -158,10 +158,29 @@ def test_what_is_no_report_is_said_in_one_line_before_anything_is_measured(tmp_p
         read(path)
 
 
-def test_a_report_of_another_preset_is_refused_before_anything_is_measured(tmp_path, capsys):
-    old = write(tmp_path / "old.json", make())
-    assert run(["bench", "--preset", "mini", "--compare", old]) == InputError.exit_code
-    assert "preset is soulx-14b in the old report and mini now" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--preset mini", "preset is soulx-14b in the old report and mini now"),
+        ("--weights random", "weights is released in the old report and random now"),
+        ("--set canvas.width_px=512", "canvas is 448x768 in the old report and 512x768 now"),
+        ("--set sampling.motion_frames=9", "new_frames is 28 in the old report and 24 now"),
+        ("--set compute.offload=true", "offload is False in the old report and True now"),
+        ("--gpus 2", "ranks is 1 in the old report and 2 now"),
+        ("--chunks 2", "the new report has 2 chunks"),
+        ("--chunks 3", "the old report has 2 chunks"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
+    tmp_path, capsys, monkeypatch, options, said
+):
+    monkeypatch.setattr("flashtalk_cli.cli.bench._measure", lambda *_, **__: pytest.fail("measured"))
+    old = write(tmp_path / "old.json", make(chunks=2 if "old report has" in said else 3))
+    command = ["bench", "--preset", "soulx-14b", "--compare", old, *options.split()]
+    assert run(command) == InputError.exit_code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.count("\n") == 1
 
 
 def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, capsys):

@@ -30,11 +30,15 @@ ALLOWED = {
     "placement": set(),
     "launch": {*BASE, "events", "log", "placement"},
     "parallel": BASE,
+    "failing": {*BASE, "events", "parallel"},
     "models": {*BASE, "parallel"},
     "pipeline": {*BASE, "parallel", "models"},
     "media": BASE,
     "bench": {*BASE, "log", "events", "parallel", "models", "pipeline", "media", "rendering"},
-    "distill": {*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"},
+    "distill": {
+        *(*BASE, "log", "events", "presets", "parallel", "models", "pipeline", "media", "bench"),
+        "failing",
+    },
     "torchrun": {*BASE, "events", "parallel"},
     "live": {*BASE, "events", "parallel", "models", "pipeline", "media"},
     "batch": {*BASE, "events", "launch", "media"},
@@ -42,7 +46,7 @@ ALLOWED = {
     "rendering": {*BASE, "events", "parallel", "models", "pipeline", "media"},
     "worker": {
         *(*BASE, "log", "events", "parallel", "models", "pipeline", "media", "bench"),
-        *("rendering", "serving", "live"),
+        *("rendering", "serving", "live", "failing"),
     },
     "cli": {
         *(*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"),

@@ -6,6 +6,9 @@ launch is compiled to machine code in place of running. What the code computes i
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +20,7 @@ from torch import Tensor
 from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import fp8, vae_blocks
 from flashtalk_cli.models import vae as vae_module
+from flashtalk_cli.models.attention import KeyValue, PromptKeys
 from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.vae import Vae, VaeParams
 from flashtalk_cli.parallel.sequence import UNDIVIDED
@@ -29,6 +33,8 @@ EVERY_LAYER = [
     for name in names
 ]
 LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
+SHARED_BYTES = 227 * 1024  # that one program may have on a Hopper GPU
+STACK_BYTES = 64  # a thread, next to 1 kB of registers
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU they run"),
@@ -67,8 +73,22 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_machine_code(compiled: Compiled, names: set[str]) -> None:
+    """There is some, it fits the shared memory of a multiprocessor, and it keeps its numbers in registers."""
     assert set(compiled) == names
-    assert all(kernel.asm["cubin"] for kernels in compiled.values() for kernel in kernels)
+    for name, kernels in compiled.items():
+        for kernel in kernels:
+            assert kernel.metadata.shared <= SHARED_BYTES, name
+            assert stack_bytes(kernel.asm["cubin"]) <= STACK_BYTES, name
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Memory a thread for what found no register, as Triton's cuobjdump tells it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(found) for found in re.findall(r"STACK:(\d+)", told))
 
 
 @torch.no_grad()
@@ -95,6 +115,15 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
         )
         assert velocity.shape == (1, 16, LATENTS, H, W)
     assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_cross", "_fold", "_softmax"})
+
+
+def test_attention_to_prompt_and_picture_in_float32(compiled: Compiled) -> None:
+    """Heads as wide as the 14B model's, for which tiles of bfloat16 would not do."""
+    from flashtalk_cli.models.kernels import cross
+
+    q, text, image = meta(1, 12096, 40, 128), meta(2, 1, 64, 40, 128), meta(2, 1, 257, 40, 128)
+    assert cross.attention(q, PromptKeys(*text, 449), KeyValue(*image)).shape == (1, 12096, 5120)
+    assert_machine_code(compiled, {"_cross"})
 
 
 def test_attention_in_eight_bits(compiled: Compiled) -> None:

@@ -362,12 +362,17 @@ def test_several_processes_share_the_cores(monkeypatch):
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"]), ("GPU-a,GPU-b", ["GPU-a,GPU-b", ""])],
+    [
+        (None, ["0,1", "2,3"]),
+        ("4,5,6,7", ["4,5", "6,7"]),
+        ("GPU-a,GPU-b", ["GPU-a,GPU-b", ""]),
+        ("", ["", ""]),
+    ],
 )
 def test_workers_side_by_side_have_gpus_of_their_own(monkeypatch, visible, expected):
-    """Contract: also where only some of the machine's GPUs are ours."""
+    """Contract: also where only some of the machine's GPUs are ours, or none is."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = [launch.Share(index, 2).environment(2)["CUDA_VISIBLE_DEVICES"] for index in range(2)]
     assert found == expected

@@ -35,7 +35,7 @@ from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.ffmpeg import find_ffmpeg
 from flashtalk_cli.media.live import encoder as encoder_module
-from flashtalk_cli.media.live.encoder import check_targets
+from flashtalk_cli.media.live.encoder import LiveEncoder, check_targets
 from flashtalk_cli.media.live.supervise import Sink
 from flashtalk_cli.media.live.targets import parse_target
 from flashtalk_cli.media.live.units import US_PER_S, frame_time_us, packet_time_us
@@ -114,6 +114,12 @@ def test_standard_output_is_a_stream_that_plays_from_its_start(tmp_path):
     check_claps(tmp_path / "out.ts", 3)
 
 
+def is_bound(port: int) -> bool:
+    """Whether somebody takes datagrams at a port of this machine: none is lost from then on."""
+    lines = Path("/proc/net/udp").read_text().splitlines()[1:]
+    return any(line.split()[1].endswith(f":{port:04X}") for line in lines)
+
+
 @pytest.mark.parametrize("scheme", ["srt", "udp"])
 def test_datagrams_arrive(tmp_path, scheme):
     """SRT with a passphrase, MPEG-TS over UDP: played back by ffmpeg, in step."""
@@ -121,24 +127,36 @@ def test_datagrams_arrive(tmp_path, scheme):
     secret = "passphrase=correct-horse-battery&" if scheme == "srt" else ""
     source = {
         "srt": f"srt://127.0.0.1:{port}?{secret}mode=listener",
-        "udp": f"udp://127.0.0.1:{port}?timeout=2000000",
+        "udp": f"udp://127.0.0.1:{port}?timeout=5000000",
     }
-    words = [find_ffmpeg(), "-v", "error", "-nostdin", "-i", source[scheme], "-c", "copy", str(output)]
-    receiver = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    words = [find_ffmpeg(), "-v", "error", "-nostdin", "-analyzeduration", "1000000"]
+    words += ["-i", source[scheme], "-c", "copy", str(output)]
     address = f"{scheme}://127.0.0.1:{port}" + (f"?{secret}latency=20" if secret else "")
-    try:
-        with live([parse_target(scheme, address)]) as encoder:
-            time.sleep(0.3)
-            start = time.monotonic()
-            for at in range(0, 4 * CLAP_FRAMES, 5):  # SRT drops what comes too fast
-                encoder.write(*claps(at, 5))
-                time.sleep(max(0.0, start + (at + 5) / FPS / 2 - time.monotonic()))
+    sent = 0
+
+    def send(encoder: LiveEncoder) -> bool:
+        nonlocal sent
+        start = time.monotonic()
+        assert encoder.write(*claps(sent, 5), limit_s=20)
+        sent += 5
+        time.sleep(max(0.0, start + 5 / FPS / 2 - time.monotonic()))  # SRT drops what comes too fast
+        return True
+
+    with live([parse_target(scheme, address)]) as encoder:
+        receiver = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: is_bound(port))
+            wait_for(lambda: send(encoder) and output.exists(), limit_s=60)  # it has what it looks at first
+            before = sent
+            while sent < before + 4 * CLAP_FRAMES:
+                send(encoder)
             assert encoder.end(10)
             assert encoder.statistics()[0].reconnects <= 2
-        receiver.wait(10)
-    finally:
-        receiver.kill()
-    assert n_frames(output) > 2 * CLAP_FRAMES
+            receiver.wait(30)
+        finally:
+            receiver.kill()
+            receiver.wait()
+    assert n_frames(output) > 4 * CLAP_FRAMES
     shown, heard = times(output, "v"), times(output, "a")
     assert abs(shown[0] - heard[0]) < 0.1
     assert len(set(np.diff(shown).round(2))) == 1  # no picture is missing in between

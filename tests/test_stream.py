@@ -134,6 +134,8 @@ def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple
         (["--audio", "speech.wav", "-o", "x.mp4", "--metrics", "nowhere"], "HOST:PORT"),
         (["--audio", "speech.wav", "--rtmp", "http://h/a/k"], "rtmp://"),
         (["--audio", "ftp://x", "-o", "x.mp4"], "no sound is read from ftp://"),
+        (["--audio", "rtmp://[", "-o", "x.mp4"], "the address cannot be understood"),
+        (["--audio", "speech.wav", "-o", "x.mp4", "--control", "p.png"], "p.png: is there and no socket"),
         (["--audio", "none.wav", "-o", "x.mp4"], "none.wav: no such file"),
         (["--audio", "p.png", "-o", "x.mp4"], "p.png: no sound"),
         (["--audio", "env:NO_SUCH_NAME", "-o", "x.mp4"], "NO_SUCH_NAME"),

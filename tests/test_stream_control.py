@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import stat
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,10 +13,8 @@ from stream_parts import STATUS
 
 from flashtalk_cli.errors import UsageError
 from flashtalk_cli.live import control
-from flashtalk_cli.live.address import Address, check_free
-from flashtalk_cli.live.control import Control, ask
+from flashtalk_cli.live.control import Control, ask, check_control
 from flashtalk_cli.live.status import prometheus
-from flashtalk_cli.live.web import Web
 
 
 @pytest.fixture
@@ -46,25 +44,72 @@ def test_the_control_socket_is_its_owners_alone_and_gone_afterwards(socket_path)
 
 
 def test_a_socket_left_by_a_killed_stream_is_taken_over_and_a_living_one_is_not(socket_path) -> None:
-    import socket
-
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(socket_path))
     left.close()
+    check_control(socket_path)
     with Control(socket_path, refuse):
         with pytest.raises(UsageError, match="--control"):
             Control(socket_path, refuse)
         assert ask(socket_path, {"command": "status"}) == {"state": "idle"}
 
 
-def test_nonsense_on_the_control_socket_is_answered(socket_path) -> None:
-    import socket
+def test_what_is_no_socket_is_not_taken_for_one(socket_path) -> None:
+    """A file, a folder, a link: none is deleted, and it is said before anything slow."""
+    target = socket_path.with_name("target")
+    target.write_text("mine")
+    for make in (
+        lambda: socket_path.write_text("mine"),
+        socket_path.mkdir,
+        lambda: socket_path.symlink_to(target),
+    ):
+        make()
+        for attempt in (check_control, lambda path: Control(path, refuse)):
+            with pytest.raises(UsageError, match=r"no socket.*--control"):
+                attempt(socket_path)
+        assert socket_path.lstat()
+        socket_path.rmdir() if socket_path.is_dir() else socket_path.unlink()
+    assert target.read_text() == "mine"
 
+
+def test_the_place_of_a_control_socket_is_looked_at_beforehand(socket_path) -> None:
+    check_control(socket_path)
+    assert not socket_path.exists()
+    with Control(socket_path, refuse), pytest.raises(UsageError, match=r"another stream.*--control"):
+        check_control(socket_path)
+    for path in (socket_path.with_name("x" * 200), socket_path / "no" / "folder"):
+        with pytest.raises(UsageError, match=r"\(.*(too long|No such).*\); name another with --control"):
+            check_control(path)
+
+
+def test_a_socket_of_a_busy_stream_is_not_taken_for_a_dead_ones(socket_path) -> None:
+    """It cannot answer at once, as so many wait already."""
+    with socket.socket(socket.AF_UNIX) as busy, contextlib.ExitStack() as stack:
+        busy.bind(str(socket_path))
+        busy.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(str(socket_path))
+        with pytest.raises(UsageError, match="--control"):
+            Control(socket_path, refuse)
+        assert socket_path.exists()
+
+
+def test_nonsense_on_the_control_socket_is_answered(socket_path) -> None:
     with Control(socket_path, refuse), socket.socket(socket.AF_UNIX) as line:
         line.settimeout(5)
         line.connect(str(socket_path))
         answers = line.makefile("rb")
-        for nonsense in (b"\xff\xfe\n", b"[]\n", b"7\n", b"{}\n", b'{"command": ["status"]}\n'):
+        for nonsense in (
+            b"\xff\xfe\n",
+            b"[" * 5000 + b"\n",
+            b"[]\n",
+            b"7\n",
+            b"{}\n",
+            b'{"command": ["status"]}\n',
+        ):
             line.sendall(nonsense)
             assert json.loads(answers.readline())["ok"] is False
         line.sendall(b'{"command": "status"}\n')
@@ -102,49 +147,3 @@ def test_every_line_for_prometheus_is_well_formed() -> None:
             assert re.match(r"[a-z_]+", line)[0] in families
     assert text.endswith("\n")
     assert 'quantile="0.95"} NaN' in text
-
-
-def get(url: str, host: str | None = None) -> tuple[int, bytes]:
-    request = urllib.request.Request(url, headers={"Host": host} if host else {})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, b""
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as line:
-        line.bind(("127.0.0.1", 0))
-        return int(line.getsockname()[1])
-
-
-def test_the_web_server_serves_what_it_should_and_nothing_else(tmp_path) -> None:
-    (tmp_path / "hls").mkdir()
-    (tmp_path / "hls/index.m3u8").write_text("#EXTM3U\n")
-    (tmp_path / "hls/key.txt").write_text("secret")
-    (tmp_path / "other.ts").write_text("secret")
-    port = free_port()
-    with Web(f"127.0.0.1:{port}", lambda: STATUS, tmp_path / "hls"):
-        base = f"http://127.0.0.1:{port}"
-        assert get(base + "/metrics")[1].startswith(b"# HELP")
-        assert b"<video" in get(base + "/")[1]
-        assert json.loads(get(base + "/status")[1])["state"] == "idle"
-        assert get(base + "/hls/index.m3u8") == (200, b"#EXTM3U\n")
-        for path in (
-            "/hls/key.txt",
-            "/hls/../other.ts",
-            "/hls/%2e%2e/other.ts",
-            "/hls/.ts",
-            "/nothing",
-            "/hls/a.ts",
-        ):
-            assert get(base + path)[0] == 404, path
-        assert get(base + "/status", host="evil.example")[0] == 403
-        with pytest.raises(UsageError, match="cannot listen"):
-            check_free("--metrics", Address("127.0.0.1", port))
-    with Web(f"127.0.0.1:{(second := free_port())}", lambda: STATUS, None):
-        assert get(f"http://127.0.0.1:{second}/metrics")[0] == 200
-        assert get(f"http://127.0.0.1:{second}/")[0] == 404

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
+from live_outputs import n_frames
 from stream_process import Stream, furnish
 
+from flashtalk_cli.config import SoundSource, StreamJob
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
+from flashtalk_cli.events import Emitter, Event
+from flashtalk_cli.live import session
 from flashtalk_cli.live.ending import GRACE_S, Ending
+from flashtalk_cli.live.timeline import Taken
+from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.presets import Override, load
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY = f"""
@@ -68,12 +80,72 @@ def test_what_ends_a_stream_is_done_once() -> None:
     assert len(done) == 1
 
 
+class Noisy:
+    """A performer of 28 frames a chunk that fill buffers, for they do not compress."""
+
+    def perform(self, sound: Taken, heard: np.ndarray) -> Generator[np.ndarray, None, None]:
+        yield np.random.default_rng(0).integers(0, 256, (28, 64, 64, 3), np.uint8)
+
+    def rewind(self) -> None:
+        """There is nothing to go back to."""
+
+
+class Told(Emitter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.events: list[Event] = []
+
+    def send(self, happened: Event) -> None:
+        self.events.append(happened)
+
+
+def test_a_request_to_stop_shortens_the_wait_for_an_output_that_takes_nothing(tmp_path, monkeypatch) -> None:
+    """The sound is over and whoever reads standard output has paused: then the recording is whole, and code 0."""
+    soundfile.write(tmp_path / "s.wav", np.zeros(24_000), 16_000)
+    job = StreamJob(
+        preset=load("mini", [Override(f"canvas.{side}_px", 64, "--size") for side in ("width", "height")]),
+        picture=tmp_path / "p.png",
+        source=SoundSource(kind="file", where=str(tmp_path / "s.wav")),
+        targets=(("stdout", "-"), ("file", str(tmp_path / "kept.mp4"))),
+        control=tmp_path / "c.sock",
+    )
+    stop, asked_s = threading.Event(), []
+    end = LiveEncoder.end
+
+    def ask() -> None:
+        while not (tmp_path / "kept.mp4").exists():
+            time.sleep(0.05)
+        asked_s.append(time.monotonic())
+        stop.set()
+
+    def ending(encoder: LiveEncoder, limit_s: float) -> bool:
+        assert limit_s == session.END_S
+        threading.Thread(target=ask, daemon=True).start()
+        return end(encoder, 10 * limit_s)
+
+    monkeypatch.setattr(LiveEncoder, "end", ending)
+    read_end, write_end = os.pipe()
+    worker = SimpleNamespace(emitter=Told(), comment=lambda: "")
+    assert session.lead(worker, job, Noisy(), stop, write_end) == 0  # type: ignore[arg-type]
+    assert time.monotonic() - asked_s[0] < 30, "and not 300"
+    os.close(read_end)
+    os.close(write_end)
+    *_, warning, done = (e for e in worker.emitter.events if e["event"] in ("warning", "done"))
+    assert "not every output was done" in warning["message"]
+    assert done["event"] == "done"
+    assert n_frames(tmp_path / "kept.mp4") == done["frames"] >= 38
+
+
 @pytest.mark.slow
 def test_a_stream_that_is_not_on_air_yet_ends_at_once(tmp_path) -> None:
-    stream = Stream(furnish(tmp_path), "--audio", "speech.wav", "--loop", "-o", "never.mp4")
+    """Its warm-up takes so many steps that no machine is done with it when the request comes."""
+    words = ["--audio", "speech.wav", "--loop", "-o", "never.mp4", "--steps", "1000"]
+    stream = Stream(furnish(tmp_path), *words)
     try:
         for name in ("encode", "warm"):
-            end_s = time.monotonic() + 60
+            end_s = time.monotonic() + 120
             while not any(e["event"] == "stage" and e["name"] == name for e in stream.events):
                 assert time.monotonic() < end_s
                 time.sleep(0.01)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from live_simulation import CLICK, FPS, FRAMES, PER_FRAME, RATE_HZ, World, murmur, rules, with_clicks
 
 from flashtalk_cli.errors import WorkerError
+from flashtalk_cli.live.delivery import Batch
 
 CHUNK_S = FRAMES / FPS
 
@@ -205,6 +206,35 @@ def test_the_person_pauses_while_nobody_takes_the_stream(late) -> None:
     assert world.delivery.held_frames == pytest.approx((7 - CHUNK_S) * FPS, abs=CHUNK_S * FPS)
     assert world.delivery.repeated_frames < FPS
     assert sent_s[-1] == pytest.approx(20 + 7, abs=CHUNK_S + 1)
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_little_waits_however_long_the_outputs_take_nothing(paced) -> None:
+    """For 8 s they are stuck; what is overdue is no reason to make more, and afterwards all of it is said."""
+    world = World(paced=paced)
+    voice = with_clicks(murmur(28), 1.1)
+    if paced:
+        world.end_at(world.speak(voice))
+    else:
+        world.arrive(0.0, voice)
+        world.end_at(0.1)
+    stuck_s = (world.began_s + 12.0, world.began_s + 20.0)
+    queued_s: list[float] = []
+    put, poll = world.delivery.put, world.delivery.poll
+
+    def counted(batch: Batch) -> None:
+        put(batch)
+        queued_s.append(world.delivery.queued_s)
+
+    world.delivery.put = counted  # type: ignore[method-assign]
+    world.delivery.poll = lambda: (  # type: ignore[method-assign]
+        stuck_s[1] if stuck_s[0] <= world.clock.now_s() < stuck_s[1] else poll()
+    )
+    world.run()
+    assert max(queued_s) <= 3 * CHUNK_S + 0.2
+    assert world.delivery.jumps == 1
+    assert world.mismatches == 0
+    np.testing.assert_array_equal(spoken(world), voice)
 
 
 def test_mute_consumes_sound_in_silence() -> None:

@@ -4,25 +4,19 @@ may name."""
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from stream_parts import FPS, running, timeline, wait_until
 
 from flashtalk_cli.config import PcmFormat, SoundSource
 from flashtalk_cli.errors import InputError, UsageError
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.inputs import parse_pcm, parse_source
-from flashtalk_cli.live.masking import masked
-from flashtalk_cli.live.reading import reads_lists
 from flashtalk_cli.live.sources import Decoder, FfmpegSource, StdinSource, ffmpeg_input
 from flashtalk_cli.live.timeline import RATE_HZ
 from flashtalk_cli.media.ffmpeg import command
@@ -110,64 +104,6 @@ def test_a_file_without_sound_ends_with_a_warning(tmp_path) -> None:
         wait_until(lambda: store.ended)
     assert len(warnings) == 1
     assert "no.wav" in warnings[0]
-
-
-def test_an_address_that_fails_is_tried_again_with_one_warning() -> None:
-    store, warnings = timeline(), []
-    source = FfmpegSource(
-        SoundSource(kind="url", where="tcp://127.0.0.1:9"), False, store, Clock(), warnings.append
-    )
-    with running(source):
-        wait_until(lambda: source.state == "waiting")
-        time.sleep(1.5)
-        assert not store.ended
-    assert len(warnings) == 1
-
-
-@settings(max_examples=100)
-@given(*[st.from_regex(r"[A-Za-z0-9]{8,20}", fullmatch=True) for _ in range(4)])
-def test_an_address_is_shown_without_its_secrets(user, password, key, token) -> None:
-    url = f"rtmp://{user}:{password}@media.example:1935/app/{key}?token={token}"
-    text = masked(url, f"{url}: failed; stream {key} of {user} ({password}, {token})")
-    for secret in (user, password, key, token):
-        assert secret not in text.replace("media.example", "")
-    assert "media.example:1935" in text
-
-
-def test_the_address_of_a_source_that_fails_is_warned_of_without_its_key() -> None:
-    store, warnings = timeline(), []
-    where = "rtmp://127.0.0.1:9/live/sk-SECRET?token=ALSO"
-    source = FfmpegSource(SoundSource(kind="url", where=where), False, store, Clock(), warnings.append)
-    with running(source):
-        wait_until(lambda: bool(warnings))
-    assert "127.0.0.1:9" in warnings[0]
-    assert "SECRET" not in warnings[0]
-    assert "ALSO" not in warnings[0]
-
-
-def test_the_address_of_a_source_is_on_no_command_line(tmp_path) -> None:
-    """ffmpeg reads it, with its options, from a pipe; `ps` shows neither key nor password."""
-    if not reads_lists():
-        pytest.skip("this ffmpeg takes an address on its command line only")
-    store = timeline()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        where = f"tcp://user:PASSWORD@127.0.0.1:{server.getsockname()[1]}/sk'SECRET?token=ALSO"
-        with running(
-            FfmpegSource(SoundSource(kind="url", where=where), False, store, Clock(), pytest.fail)
-        ) as source:
-            server.settimeout(10)
-            line, _ = server.accept()
-            assert source._reading
-            arguments = Path(f"/proc/{source._reading._process.pid}/cmdline").read_bytes()
-            with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-                file.setparams((1, 2, 48_000, 0, "NONE", ""))
-                file.writeframes(np.full(48_000, 3000, "<i2").tobytes())
-            line.sendall((tmp_path / "a.wav").read_bytes())
-            line.close()
-            wait_until(lambda: store.ended)
-    assert b"ffmpeg" in arguments
-    assert not any(secret in arguments for secret in (b"SECRET", b"PASSWORD", b"ALSO"))
-    assert store.unspoken_s == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_microphone_that_is_not_there_is_tried_again() -> None:

@@ -78,29 +78,34 @@ def read(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def check_alike(old: Mapping[str, Any], setting: Mapping[str, Any]) -> None:
-    """Raises InputError when a report measured something else than `setting` says, as far as that goes."""
+def check(old: Mapping[str, Any], setting: Mapping[str, Any], chunks: int) -> None:
+    """Whether a report of so many chunks in this setting, measured or yet to be, can be compared with an old one.
+
+    Raises InputError when they are of different things, or of too few chunks to know their noise.
+    """
     for key in ALIKE:
-        if key in setting and old["setting"].get(key) != setting[key]:
+        if old["setting"].get(key) != setting[key]:
             raise InputError(
                 f"cannot be compared: {key} is {old['setting'].get(key)} in the old report and {setting[key]} now"
+            )
+    for name, count in (("old", len(old["chunk"]["samples_s"])), ("new", chunks)):
+        if count < MIN_CHUNKS:
+            raise InputError(
+                f"cannot be compared: the {name} report has {count} chunks; to know their noise takes {MIN_CHUNKS}"
             )
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Comparison:
     """Compare two reports of the same setting on the same device.
 
-    Raises InputError when they are of different things, or of too few chunks to know their noise.
+    Raises InputError as `check` does, and when they are of different devices.
     """
-    check_alike(old, new["setting"])
+    check(old, new["setting"], len(new["chunk"]["samples_s"]))
     devices = [report["fingerprint"]["device"] for report in (old, new)]
     if devices[0] != devices[1]:
         raise InputError(
             f"cannot be compared: the old report is of {devices[0]}, the new one of {devices[1]}"
         )
-    for name, report in (("old", old), ("new", new)):
-        if (count := len(report["chunk"]["samples_s"])) < MIN_CHUNKS:
-            raise InputError(f"the {name} report has {count} chunks; to know their noise takes {MIN_CHUNKS}")
     rows = [
         _times("chunk", old["chunk"], new["chunk"], decides=True),
         _times("first frame", old["live"]["first_frame"], new["live"]["first_frame"], decides=True),

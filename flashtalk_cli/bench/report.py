@@ -35,7 +35,7 @@ import numpy as np
 
 from flashtalk_cli.bench.parts import HOST, MAIN, Part
 from flashtalk_cli.bench.work import Work
-from flashtalk_cli.config import BenchJob
+from flashtalk_cli.config import BenchJob, Preset
 
 SCHEMA = 1
 EACH = "step"  # the part whose occurrences are also told one by one
@@ -72,7 +72,12 @@ def build(job: BenchJob, found: Measured) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "fingerprint": dict(found.fingerprint),
-        "setting": {**_setting(job), **found.setting},
+        "setting": {
+            **setting_of(job.preset),
+            "chunks": job.chunks,
+            "warmup_chunks": job.warmup_chunks,
+            **found.setting,
+        },
         "speed": {"fps": fps, "realtime": fps / sampling.fps, "drain_s": found.drain_s},
         "chunk": chunk,
         "parts": parts,
@@ -106,8 +111,8 @@ def spread(samples_s: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _setting(job: BenchJob) -> dict[str, Any]:
-    preset = job.preset
+def setting_of(preset: Preset) -> dict[str, Any]:
+    """What a preset says of what is measured, before anything is."""
     sampling, canvas, compute = preset.sampling, preset.canvas, preset.compute
     return {
         "preset": preset.name,
@@ -122,8 +127,6 @@ def _setting(job: BenchJob) -> dict[str, Any]:
         "engine": compute.engine,
         "offload": compute.offload,
         "codec": preset.encoding.codec,
-        "chunks": job.chunks,
-        "warmup_chunks": job.warmup_chunks,
     }
 
 

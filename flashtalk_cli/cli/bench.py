@@ -73,7 +73,9 @@ def bench(
 ) -> int:
     """Time chunks on this machine, part by part, and say what it can do live."""
     from flashtalk_cli import events
-    from flashtalk_cli.bench.compare import check_alike, read
+    from flashtalk_cli.bench.compare import check, read
+    from flashtalk_cli.bench.report import setting_of
+    from flashtalk_cli.cli.machine import processes_of
 
     old = read(compare) if compare else None
     others = [read(path) for path in also or ()]
@@ -83,11 +85,10 @@ def bench(
             typer.echo(events.to_line(events.event("report", data=data)))
     else:
         chosen = _preset(preset, weights, gpus, sets or [])
+        processes = processes_of(chosen.compute)
         if old:  # before anything is loaded
-            check_alike(
-                old, {"preset": chosen.name, "model": chosen.model.name, "steps": chosen.sampling.steps}
-            )
-        code, found = _measure(chosen, chunks, json=json, debug=debug)
+            check(old, {**setting_of(chosen), "ranks": processes}, chunks)
+        code, found = _measure(chosen, chunks, processes, json=json, debug=debug)
         if found is None:
             return code
         data = found
@@ -108,14 +109,15 @@ def _preset(name: str, weights: str | None, gpus: str | None, sets: list[str]) -
     return load(name, overrides)
 
 
-def _measure(preset: Preset, chunks: int, *, json: bool, debug: bool) -> tuple[int, dict[str, Any] | None]:
+def _measure(
+    preset: Preset, chunks: int, processes: int, *, json: bool, debug: bool
+) -> tuple[int, dict[str, Any] | None]:
     """Run the bench: its exit code, and its report if it came to one."""
     import tempfile
 
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
     from flashtalk_cli.cli.hosts import check_split
-    from flashtalk_cli.cli.machine import processes_of
     from flashtalk_cli.config import BenchJob
     from flashtalk_cli.events import Event
     from flashtalk_cli.media.audio import prepare_speech
@@ -134,7 +136,6 @@ def _measure(preset: Preset, chunks: int, *, json: bool, debug: bool) -> tuple[i
     with choose(json=json, video_on_stdout=False) as display, tempfile.TemporaryDirectory() as folder:
         speech = prepare_speech(next((_ASSETS / "speech").glob("*.wav")), Path(folder))
         picture = next((_ASSETS / "portraits").glob("*.png"))
-        processes = processes_of(preset.compute)
         check_split(preset, processes)
         display.stage("start", "loading torch")
         job = BenchJob(

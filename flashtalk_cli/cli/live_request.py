@@ -24,7 +24,7 @@ from flashtalk_cli.cli.request import preset_of
 from flashtalk_cli.config import Preset, SoundSource, StreamJob
 from flashtalk_cli.errors import OutputError, UsageError
 from flashtalk_cli.live.address import check_free, parse_address
-from flashtalk_cli.live.control import default_socket
+from flashtalk_cli.live.control import check_control, default_socket
 from flashtalk_cli.live.inputs import check_readable, parse_listen, parse_source
 from flashtalk_cli.media.image import load_picture, picture_size
 from flashtalk_cli.media.live.encoder import check_targets
@@ -116,6 +116,8 @@ def check(request: LiveRequest, stack: ExitStack, display: Display) -> StreamJob
     metrics = _address("--metrics", request.metrics)
     if source.kind == "listen":
         check_free("--listen", parse_address("--listen", source.where))
+    control = request.control.absolute() if request.control else default_socket()
+    check_control(control)
     model = preset.model
     found = resolve(model.name, model.speech_encoder, random=model.weights == "random")
     display.stage("model", str(found.path))
@@ -128,7 +130,7 @@ def check(request: LiveRequest, stack: ExitStack, display: Display) -> StreamJob
         targets=targets,
         overwrite=request.overwrite,
         keep_alive=request.keep_alive,
-        control=request.control.absolute() if request.control else default_socket(),
+        control=control,
         metrics=metrics,
         preview=preview,
     )

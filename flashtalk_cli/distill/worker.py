@@ -21,8 +21,8 @@ from flashtalk_cli.distill.config import TrainJob
 from flashtalk_cli.distill.work import Work
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.events import Emitter, watch_parent
+from flashtalk_cli.failing import fail, reason
 from flashtalk_cli.models.device import choose_device
-from flashtalk_cli.parallel.failing import fail, reason
 from flashtalk_cli.parallel.ranks import PEER_TIMEOUT_S, Ranks, join
 
 UNEVEN_TASKS = ("people", "eval")  # whose ranks work by themselves, some much longer than others
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         watch_parent(stop.set, emitter)
         code = tasks.run(Work(job, ranks, emitter if ranks.leads else Emitter(None), stop))
         ranks.leave()
-        return code if ranks.leads else 0  # the first that is not 0 ends the others, and rank 0 may be reporting
+        return code if ranks.leads else 0  # another's, if not 0, would end rank 0 while it reports
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         return fail(emitter, DeviceError(f"out of memory: {first}; lower micro_batch with --set"), ranks)

@@ -21,6 +21,11 @@ class Address(NamedTuple):
         """Whether only this machine can reach it."""
         return self.host in LOOPBACK
 
+    @property
+    def family(self) -> socket.AddressFamily:
+        """What kind of socket listens there."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
@@ -36,8 +41,7 @@ def parse_address(option: str, text: str) -> Address:
 
 def check_free(option: str, address: Address) -> None:
     """`UsageError` when nobody could listen there now."""
-    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as line:
+    with socket.socket(address.family, socket.SOCK_STREAM) as line:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             line.bind(tuple(address))

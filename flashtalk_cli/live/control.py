@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import socketserver
+import stat
 import tempfile
 import threading
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def default_socket() -> Path:
 
 def find_socket() -> Path:
     """The socket of the one stream that runs; `UsageError` when there is none or more than one."""
-    found = [path for path in sorted(folder().glob("*.sock")) if _answers(path)] if folder().is_dir() else []
+    place = folder()
+    found = [path for path in sorted(place.glob("*.sock")) if _knock(path) is None] if place.is_dir() else []
     if not found:
         raise UsageError("no stream of yours is running; start one with flashtalk stream")
     if len(found) > 1:
@@ -86,20 +88,49 @@ def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
     return dict(answer)
 
 
+def check_control(path: Path) -> None:
+    """`UsageError` when no control socket can be made at `path`. Nothing there is changed."""
+    if is_left_over(path):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+        try:
+            line.bind(os.fspath(path))
+            path.unlink()
+        except OSError as error:
+            raise _unfit(path, error) from None
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether at `path` there is the socket of a stream that was killed; False when there is nothing.
+
+    Raises `UsageError` for anything else: it is not ours to delete.
+    """
+    try:
+        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+    except OSError:
+        return False
+    if not is_socket:
+        raise UsageError(f"{path}: is there and no socket, so it is left alone; name another with --control")
+    problem = _knock(path)
+    if isinstance(problem, ConnectionRefusedError):
+        return True
+    reason = problem.strerror if problem else "another stream listens there"
+    raise UsageError(f"{path}: cannot be the control socket ({reason}); name another with --control")
+
+
 class Control:
-    """A server at `path`, a thread a connection; a context."""
+    """A server at `path`, a thread a connection; a context. Raises `UsageError` when it cannot be made."""
 
     def __init__(self, path: Path, handle: Handler) -> None:
         self.path = path
-        if path.exists() and not _answers(path):
-            path.unlink()  # of a stream that was killed
+        left_over = is_left_over(path)
         before = os.umask(0o177)  # the socket has mode 0600 from its first moment
         try:
+            if left_over:
+                path.unlink()
             self._server = _Server(os.fspath(path), handle)
         except OSError as error:
-            raise UsageError(
-                f"{path}: cannot be the control socket ({error.strerror}); name another with --control"
-            ) from None
+            raise _unfit(path, error) from None
         finally:
             os.umask(before)
         self._thread = threading.Thread(
@@ -139,7 +170,7 @@ class _Connection(socketserver.StreamRequestHandler):
             request = json.loads(line)
             if not isinstance(request, dict):
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"ok": False, "error": "not a line with a JSON object"}
         assert isinstance(self.server, _Server)
         try:
@@ -151,12 +182,17 @@ class _Connection(socketserver.StreamRequestHandler):
             return {"ok": False, "error": f"internal error {type(error).__name__}: {error}"}
 
 
-def _answers(path: Path) -> bool:
-    """Whether a process listens at a socket."""
+def _unfit(path: Path, error: OSError) -> UsageError:
+    reason = error.strerror or error  # of a path that is too long there is only the text
+    return UsageError(f"{path}: cannot be the control socket ({reason}); name another with --control")
+
+
+def _knock(path: Path) -> OSError | None:
+    """None when a process listens at a socket, else why it cannot be reached."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         line.settimeout(1.0)
         try:
             line.connect(os.fspath(path))
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error
+        return None

@@ -1,6 +1,7 @@
 """Frames that wait to be sent, and the thread that sends each when it is due.
 
-Bounded by the loop, which begins a chunk only when little video is ahead: two chunks at most lie here.
+Bounded by the loop, which begins a chunk only when little video is ahead: two chunks at most lie here, or one and the
+start buffer where that is longer, and one more while the outputs take nothing.
 """
 
 from __future__ import annotations
@@ -110,8 +111,13 @@ class Delivery:
         return self._air.anchor_s is not None
 
     @property
+    def queued_s(self) -> float:
+        """Video that waits, however much of it is overdue."""
+        return self._queued_frames / self.rules.fps
+
+    @property
     def ahead_s(self) -> float:
-        """Video that waits; less by what is overdue when none waits."""
+        """Video that waits, less by what is overdue."""
         with self._changed:
             air, now_s = self._air, self._clock.now_s()
             due_s = 0.0 if air.anchor_s is None else air.anchor_s + air.sent_frames / self.rules.fps - now_s

@@ -49,18 +49,13 @@ class Ending:
         return outlived(self._stop, GRACE_S, end)
 
 
-@contextmanager
-def outlived(stop: threading.Event, grace_s: float, end: Callable[[], int]) -> Iterator[None]:
+def outlived(stop: threading.Event, grace_s: float, end: Callable[[], int]) -> AbstractContextManager[None]:
     """While the context is open, a request to stop ends the process `grace_s` later.
 
     `end`, called in a thread, does what has to be done before, and gives the exit code.
     """
-    over = threading.Event()
 
-    def watch() -> None:
-        while not stop.wait(LOOK_UP_S):
-            if over.is_set():
-                return
+    def outlive(over: threading.Event) -> None:
         if over.wait(grace_s):
             return
         try:
@@ -68,6 +63,20 @@ def outlived(stop: threading.Event, grace_s: float, end: Callable[[], int]) -> I
         except Exception:
             log.exception("the stream could not be ended in order")
             leave(FlashtalkError.exit_code)
+
+    return on_request(stop, outlive)
+
+
+@contextmanager
+def on_request(stop: threading.Event, do: Callable[[threading.Event], None]) -> Iterator[None]:
+    """While the context is open, a request to stop calls `do`, in a thread; it gets what is set at the context's end."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(LOOK_UP_S):
+            if over.is_set():
+                return
+        do(over)
 
     threading.Thread(target=watch, name="ending", daemon=True).start()
     try:

@@ -30,7 +30,12 @@ def parse_source(audio: str, *, pcm: str = "s16le:16000:1", loop: bool = False) 
     device = re.fullmatch(r"mic(?::(.+))?", audio)
     if device:
         return SoundSource(kind="microphone", where=device[1] or "")
-    scheme = urlsplit(audio).scheme if "://" in audio else ""
+    try:
+        scheme = urlsplit(audio).scheme if "://" in audio else ""
+    except ValueError:
+        raise UsageError(
+            "--audio: the address cannot be understood; give it as SCHEME://HOST:PORT/PATH"
+        ) from None
     if scheme:
         if scheme not in PROTOCOLS:
             raise UsageError(f"--audio: no sound is read from {scheme}://; give {', '.join(PROTOCOLS)}")

@@ -145,6 +145,7 @@ class Loop:
             unspoken_s=self.timeline.unspoken_s,
             ended=self.timeline.ended,
             ahead_s=self.delivery.ahead_s,
+            queued_s=self.delivery.queued_s,
             first_frame_s=sorted(self._costs_s)[-2:][0],
             silent_before=self.timeline.silent_before,
             since_arrival_s=now_s - self.timeline.last_arrival_s,

@@ -131,6 +131,7 @@ class Outlook:
     since_arrival_s: float = math.inf  # since sound arrived last
     on_air: bool = True
     may_wait_s: float = 0.0  # before going on air: how long the source may take to begin
+    queued_s: float = 0.0  # as `ahead_s`, with what is overdue because the outputs take nothing
 
 
 def spare_s(rules: Rules, outlook: Outlook) -> float:
@@ -143,9 +144,11 @@ def spare_s(rules: Rules, outlook: Outlook) -> float:
 def wait_s(rules: Rules, outlook: Outlook) -> float:
     """How long to wait for more sound before the chunk begins; 0: begin.
 
-    Also waits when more video is made than is wanted in advance: what was said cannot be unsaid.
+    Also waits when more video is made than is wanted in advance: what was said cannot be unsaid. While the outputs
+    take nothing, one chunk more is made for them.
     """
-    advance_s = outlook.ahead_s - max(rules.chunk_s, outlook.first_frame_s + rules.start_buffer_s)
+    wanted_s = max(rules.chunk_s, outlook.first_frame_s + rules.start_buffer_s)
+    advance_s = max(outlook.ahead_s, outlook.queued_s - rules.chunk_s) - wanted_s
     if outlook.on_air and advance_s > SHORTEST_WAIT_S:
         return advance_s
     if outlook.ended or outlook.unspoken_s >= rules.need_s - SHORTEST_WAIT_S:

@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -20,15 +21,21 @@ from flashtalk_cli.media.ffmpeg import QUIET, command, find_ffmpeg
 log = logging.getLogger(__name__)
 
 KEPT_LINES = 20
+CAUSE_BYTES = 1 << 20  # what was said before so much more sound came (5.5 s) is not why it ended
 DYING_S = 2.0
 LIST = "{list}"  # in a command line: where the list comes from
 
 
 class LongReading:
-    """ffmpeg writing to a pipe that we read; a context that ends it. `listed` is what it reads as `LIST`."""
+    """ffmpeg writing to a pipe that we read; a context that ends it.
 
-    def __init__(self, stream: Any, listed: bytes = b"") -> None:
+    `listed` is what it reads as `LIST`; `masked` takes the secrets out of what it says.
+    """
+
+    def __init__(self, stream: Any, listed: bytes, masked: Callable[[str], str]) -> None:
+        self._masked = masked
         read_end, write_end = os.pipe()
+        self._list_name = f"pipe:{read_end}: "
         try:
             os.write(write_end, listed)
             os.close(write_end)
@@ -43,20 +50,23 @@ class LongReading:
             )
         finally:
             os.close(read_end)
-        self._lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
+        self._n_read = 0  # bytes; counts for ever
+        self._lines: collections.deque[tuple[int, str]] = collections.deque(maxlen=KEPT_LINES)
         self._drainer = threading.Thread(target=self._drain, name="source-stderr", daemon=True)
         self._drainer.start()
 
     def read(self, n_bytes: int) -> bytes:
         """Up to so many bytes, as soon as there are some; b"" at the end."""
         assert self._process.stdout is not None
-        return self._process.stdout.read(n_bytes) or b""
+        data = self._process.stdout.read(n_bytes) or b""
+        self._n_read += len(data)
+        return data
 
     def outcome(self) -> tuple[int, list[str]]:
-        """Exit status and the last lines of stderr, once everything was read."""
+        """Exit status and what it said last, without secrets, once everything was read."""
         status = self._process.wait()
         self._drainer.join(DYING_S)
-        return status, list(self._lines)
+        return status, [text for n_read, text in self._lines if self._n_read - n_read < CAUSE_BYTES]
 
     def end(self) -> None:
         """End ffmpeg, from any thread; harmless when done twice."""
@@ -66,9 +76,10 @@ class LongReading:
         assert self._process.stderr is not None
         with self._process.stderr as stderr:
             for line in iter(lambda: stderr.readline(4096), b""):
-                text = line.decode(errors="replace").rstrip()
+                text = self._masked(line.decode(errors="replace").rstrip())
+                text = text.removeprefix(self._list_name)  # which tells a user nothing
                 log.debug("ffmpeg: %s", text)
-                self._lines.append(text)
+                self._lines.append((self._n_read, text))
 
     def __enter__(self) -> LongReading:
         return self

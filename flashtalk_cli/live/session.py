@@ -19,10 +19,11 @@ from flashtalk_cli.events import Emitter
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.control import Control
 from flashtalk_cli.live.delivery import Delivery
-from flashtalk_cli.live.ending import Ending, heard_at_once, outlived
+from flashtalk_cli.live.ending import Ending, heard_at_once, on_request, outlived
 from flashtalk_cli.live.inputs import open_source
 from flashtalk_cli.live.loop import DRAIN_S, Loop, Manners
 from flashtalk_cli.live.pacing import Rules
+from flashtalk_cli.live.sources import Source
 from flashtalk_cli.live.stage import ModelPerformer, Stage
 from flashtalk_cli.live.status import status_of
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
@@ -120,8 +121,10 @@ def lead(
             if late:
                 source.close()
                 delivery.finish(DRAIN_S)
-            limit_s = STOP_S if stop.is_set() else END_S
-            if not encoder.end(limit_s) or not (stop.is_set() or sent):
+            with on_request(stop, lambda over: encoder.hurry(STOP_S)):
+                in_time = encoder.end(STOP_S if stop.is_set() else END_S)
+            if not in_time or not (stop.is_set() or sent):
+                limit_s = STOP_S if stop.is_set() else END_S
                 warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
             stack.close()
             emitter.emit(
@@ -133,7 +136,7 @@ def lead(
             )
 
         sent = False
-        handler = Commands(loop, performer, status)
+        handler = Commands(loop, source, performer, status)
         source.on_interrupt = loop.interrupt
         stack.enter_context(Control(job.control, handler))
         hls = next((target.path for target in targets if target.kind == "hls"), None)
@@ -156,8 +159,9 @@ def lead(
 class Commands:
     """What a control socket's requests do to a stream."""
 
-    def __init__(self, loop: Loop, performer: ModelPerformer, status: Any) -> None:
+    def __init__(self, loop: Loop, source: Source, performer: ModelPerformer, status: Any) -> None:
         self._loop = loop
+        self._source = source
         self._performer = performer
         self._status = status
 
@@ -167,7 +171,7 @@ class Commands:
             case {"command": "status"}:
                 return dict(self._status())
             case {"command": "interrupt"}:
-                return {"dropped_s": self._loop.interrupt()}
+                return {"dropped_s": self._source.interrupt()}
             case {"command": "mute" | "unmute" as word}:
                 self._loop.mute(word == "mute")
             case {"command": "prompt", "text": str(text)}:

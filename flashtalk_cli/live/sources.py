@@ -7,13 +7,16 @@ room; one that cannot (a microphone, a broadcast) adds what comes, and the oldes
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
+import re
 import select
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,15 +32,23 @@ from flashtalk_cli.live.reading import LIST, LongReading, list_of_one, reads_lis
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
 from flashtalk_cli.media.ffmpeg import cause
 from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.live.backoff import SETTLED_S, Backoff
 
 log = logging.getLogger(__name__)
 
 BLOCK_S = 0.02  # what is read at once: sound must not wait for more of itself
 ROOM_S = 0.2  # what a source that can wait hands over at once, and how often it looks for room
-FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
+FIRST_RETRY_S = 0.5
 LOOKED_AT_S = 1.0  # of a live sound, to find out what it is
+RESUME_S = 30.0  # the longest wait between ffmpeg's own attempts to read a file on: after 0, 1, 3, 7, 15 s
 STALLED_S = 15.0  # a connection without a byte for so long is taken for dead
 
+# What ffmpeg says of a connection that broke. It then ends with status 0, as at the end of the sound.
+LOST = re.compile(
+    r"timed out|reset by peer|Input/output error|I/O error|prematurely|Broken pipe|unreachable"
+    r"|Connection (refused|aborted)|No such device",
+    re.IGNORECASE,
+)
 # The protocols that ffmpeg may use for an address, and no others: a playlist from outside reads no file here.
 PROTOCOLS = {
     "rtmp": "rtmp,tcp",
@@ -69,12 +80,16 @@ class Source:
         self.closed = threading.Event()
         self.state = "starting"
         self.failure: FlashtalkError | None = None  # why it ended, if not because the sound did
-        self.on_interrupt: Callable[[], float] = lambda: 0.0  # for a source that can ask for silence
+        self.on_interrupt: Callable[[], float] = lambda: 0.0  # drops what was handed over
         self._thread = threading.Thread(target=self._live, name="source", daemon=True)
 
     def start(self) -> None:
         """Begin to read."""
         self._thread.start()
+
+    def interrupt(self) -> float:
+        """Drop all sound that is not yet spoken; how many seconds that was."""
+        return self.on_interrupt()
 
     def close(self) -> None:
         """Stop reading."""
@@ -122,28 +137,33 @@ class FfmpegSource(Source):
         self.knows_future = source.kind == "file"
         self.may_wait_s = 0.0 if self.paced else 5.0
         self._reading: LongReading | None = None
+        self._live_s: float | None = None  # from the first to the last sound of an attempt; None: none came
 
     def read(self) -> None:
         """Read, and read again, until the sound has ended for good."""
-        pause_s = FIRST_RETRY_S
+        backoff, told = Backoff(random.Random(), FIRST_RETRY_S), False
+        if self._is_exposed():
+            self.warn(
+                f"{self._shown}: this ffmpeg takes the address only on its command line, "
+                "where other users of this machine can see it"
+            )
         while not self.closed.is_set():
-            n_before = self.timeline.arrived_samples
+            self._live_s = None
             status, lines = self._read_once()
             if self.closed.is_set():
                 return
-            got_some = self.timeline.arrived_samples > n_before
-            why = cause(status, lines) if status else "it ended"
-            why = masked(self._source.where, why) if self._source.kind == "url" else why
-            if not self._comes_again(status):
-                if not got_some and not self._source.start_s:  # else it began where the file ends
+            lost = [line for line in lines if LOST.search(line)]
+            why = cause(status, lost or lines) if status or lines else "it ended"
+            if not self._comes_again(status != 0 or bool(lost)):
+                if self._live_s is None and not self._source.start_s:  # else it began where the file ends
                     raise InputError(f"{self._shown}: no sound can be had from it ({why})")
                 return
-            if got_some or self.state != "waiting":
+            live_s = self._live_s or 0.0
+            if not told or live_s >= SETTLED_S:  # one that comes and goes is told of once
                 self.warn(f"{self._shown}: no sound ({why}); trying to get it back")
-                pause_s = FIRST_RETRY_S
+                told = True
             self.state = "waiting"
-            self.closed.wait(pause_s * random.uniform(0.7, 1.3))
-            pause_s = min(2 * pause_s, LAST_RETRY_S)
+            self.closed.wait(backoff.wait_s(live_s))
 
     def close(self) -> None:
         """Stop reading, and end ffmpeg."""
@@ -151,19 +171,29 @@ class FfmpegSource(Source):
         if self._reading is not None:
             self._reading.end()
 
-    def _comes_again(self, status: int) -> bool:
+    def _is_exposed(self) -> bool:
+        """Whether `ps` shows more of the address than we do."""
+        where = self._source.where.rstrip("/")
+        return self._source.kind == "url" and shown_address(where) != where and not listed_input(self._source)
+
+    def _comes_again(self, lost: bool) -> bool:
+        """Whether to try again, after it was lost or ended."""
         if self._source.kind == "file":
             return False
-        return status != 0 or (self._keep_alive and self.paced)
+        return lost or (self._keep_alive and self.paced)
 
     def _read_once(self) -> tuple[int, list[str]]:
         block_bytes = 4 * round(BLOCK_S * RATE_HZ)
         output = {"format": "f32le", "c:a": "pcm_f32le", "ar": RATE_HZ, "ac": 1, "map": "0:a:0"}
-        rest = b""
+        rest, since_s = b"", math.inf
         stream = ffmpeg_input(self._source).output("-", flush_packets=1, **output)
-        with LongReading(stream, listed_input(self._source)) as reading:
+        is_url = self._source.kind == "url"
+        hide: Callable[[str], str] = partial(masked, self._source.where) if is_url else str
+        with LongReading(stream, listed_input(self._source), hide) as reading:
             self._reading = reading
             while not self.closed.is_set() and (data := reading.read(block_bytes)):
+                since_s = min(since_s, now_s := self.clock.now_s())
+                self._live_s = now_s - since_s
                 data = rest + data
                 whole = len(data) // 4 * 4
                 rest = data[whole:]
@@ -254,6 +284,8 @@ def _url_options(source: SoundSource) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if "tcp" in PROTOCOLS[scheme := urlsplit(source.where).scheme].split(","):
         options["rw_timeout"] = round(STALLED_S * 1e6)
+    if scheme in ("http", "https"):  # a file goes on where it broke, and does not begin anew
+        options |= {"reconnect": 1, "reconnect_delay_max": round(RESUME_S)}
     if scheme not in WAITING_SCHEMES:  # what is live is to be heard soon: ffmpeg would look at five seconds
         options |= {"fflags": "nobuffer", "analyzeduration": round(LOOKED_AT_S * 1e6)}
     return options

@@ -122,9 +122,13 @@ class ModelPerformer:
         self._ranks = worker.ranks
         self._stage = stage
         self._encoder = worker.speech_encoder()
+        silence = torch.zeros(stage.heard.stop_sample - stage.heard.start_sample)
+        for _ in range(2):  # slow the first time, and on a GPU recorded the second
+            self._encoder.encode(silence, stage.heard.n_frames)
         self._gain = RunningGain(RATE_HZ, worker.preset.hearing.loudness_lufs)
         self._lock = threading.Lock()
-        self._next: Inputs | None = None
+        self._chosen = stage.inputs  # what a change goes on from: the stage has the newest only a chunk later
+        self._next: Inputs | None = None  # the same until a chunk takes them over
         self._rewind = False
         self._rest = ExitStack()
         self._rest.enter_context(self._ranks.pulse.resting())
@@ -166,12 +170,11 @@ class ModelPerformer:
         text = None if prompt is None else self._worker.encode_prompt(prompt)
         pixels, tokens = (None, None) if picture is None else self._worker.encode_picture(picture)
         with self._lock:
-            inputs = self._next or self._stage.inputs
             if text is not None:
-                inputs = replace(inputs, text=text)
+                self._chosen = replace(self._chosen, text=text)
             if pixels is not None and tokens is not None:
-                inputs = replace(inputs, picture=pixels, tokens=tokens)
-            self._next = inputs
+                self._chosen = replace(self._chosen, picture=pixels, tokens=tokens)
+            self._next = self._chosen
 
     def _features(self, heard: np.ndarray) -> Tensor:
         """Feature rows [n_frames, layers, dim] of sound at 48 kHz that ends where the look-ahead does."""

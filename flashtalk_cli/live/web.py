@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from flashtalk_cli.errors import UsageError
-from flashtalk_cli.live.address import LOOPBACK, parse_address
+from flashtalk_cli.live.address import LOOPBACK, Address, parse_address
 from flashtalk_cli.live.status import prometheus
 
+log = logging.getLogger(__name__)
+
 REQUEST_S = 10.0
+MOST_CONNECTIONS = 32  # at once, a thread each; a browser opens six
 POLL_S = 0.1  # how soon it ends when it is to end
 HLS_TYPES = {
     ".m3u8": "application/vnd.apple.mpegurl",
@@ -34,10 +39,9 @@ class Web:
         where = parse_address("address", address)
         handler = partial(_Request, status, hls, where.is_loopback)
         try:
-            self._server = ThreadingHTTPServer((where.host, where.port), handler)
+            self._server = _Server(where, handler)
         except OSError as error:
             raise UsageError(f"cannot listen at {where} ({error.strerror}); choose another") from None
-        self._server.daemon_threads = True
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(POLL_S,), name="web", daemon=True
         )
@@ -49,6 +53,31 @@ class Web:
     def __exit__(self, *problem: object) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, where: Address, handler: Callable[..., BaseHTTPRequestHandler]) -> None:
+        self.address_family = where.family
+        self._places = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__((where.host, where.port), handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether it gets a thread; else it is closed."""
+        return self._places.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer it, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """That a client left before it had its answer is no news; anything else is a fault of ours."""
+        left = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if left else logging.ERROR, "a request failed", exc_info=True)
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -64,11 +93,15 @@ class _Request(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            path = urlsplit(self.path).path
+        except ValueError:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return
         if self._local and host not in LOOPBACK:  # a page elsewhere whose name was made to mean this machine
             self.send_error(HTTPStatus.FORBIDDEN)
             return
-        path = urlsplit(self.path).path
         if path == "/metrics":
             self._send(prometheus(self._status()).encode(), "text/plain; version=0.0.4; charset=utf-8")
         elif self._hls is not None and path == "/":
@@ -88,7 +121,7 @@ class _Request(BaseHTTPRequestHandler):
             return
         try:
             data = (folder / name).read_bytes()
-        except OSError:  # not yet, or no more
+        except (OSError, ValueError):  # not yet, or no more; or no name of a file
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         self._send(data, kind)

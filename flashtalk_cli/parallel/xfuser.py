@@ -1,9 +1,10 @@
 """The same interface by xfuser's groups and attention: `compute.engine: xfuser`, of the extra `gpu`.
 
 xfuser swaps heads as `UlyssesRing` does, and passes keys and values round the ring neighbour by
-neighbour, while it computes, merging partial softmaxes. Two things it cannot do, so they are refused
-and never done otherwise in silence: leave padding out (the tokens must divide by the ranks), and merge
-partial softmaxes of cuDNN's attention, which tells it no logarithms of sums (then the ring must be 1).
+neighbour, while it computes, merging partial softmaxes. Three things it cannot do, so they are refused
+and never done otherwise in silence: leave padding out (the tokens must divide by the ranks), merge
+partial softmaxes of cuDNN's attention, which tells it no logarithms of sums (then the ring must be 1),
+and call fa3, of which it knows an older package with other arguments than ours.
 
 xfuser keeps its groups in globals of its own, so a process can have one such ring.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from flashtalk_cli.errors import ConfigError, DeviceError
 from flashtalk_cli.parallel.sequence import Attend, UlyssesRing
 
-KERNELS = {"fa3": "FA3", "flash": "FA", "cudnn": "TORCH_CUDNN", "sdpa": "TORCH_FLASH"}  # ours: theirs
+KERNELS = {"cudnn": "TORCH_CUDNN", "flash": "FA", "sdpa": "TORCH_FLASH"}  # ours: theirs
 WITHOUT_SUMS = ("cudnn",)
 
 
@@ -56,22 +57,21 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
     """
     if device.type != "cuda":
         raise DeviceError("compute.engine xfuser needs GPUs, and this run uses the CPU: take torch")
-    if attention not in KERNELS:
+    kernels = [name for name in KERNELS if ring.ring.size == 1 or name not in WITHOUT_SUMS]
+    if attention not in kernels:
         raise DeviceError(
-            f"xfuser has no compute.attention {attention}: take {', '.join(KERNELS)}, or compute.engine torch"
-        )
-    if ring.ring.size > 1 and attention in WITHOUT_SUMS:
-        raise DeviceError(
-            f"xfuser cannot pass keys round a ring of {ring.ring.size} with compute.attention {attention}: "
-            "take sdpa, flash or fa3, or compute.engine torch"
+            f"xfuser cannot run compute.attention {attention} (asked for, or what auto found) in a ring of "
+            f"{ring.ring.size}: take {', '.join(kernels)}, or compute.engine torch"
         )
     try:
         start = importlib.import_module("xfuser.core.distributed")
         layer = importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
         kinds = importlib.import_module("yunchang.kernels").AttnType
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:  # the last: diffusers beside another transformers
+        reason = " ".join(str(error).split())
         raise DeviceError(
-            f"xfuser does not load ({error}): pip install 'flashtalk[gpu]', or take compute.engine torch"
+            f"xfuser does not load ({reason}): pip install --upgrade 'flashtalk[gpu]' diffusers, "
+            "or take compute.engine torch"
         ) from None
     _start_groups(start, ring, device)
     attend = layer(use_pack_qkv=True, attn_type=kinds[KERNELS[attention]])

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MOST_FRUITLESS = 5  # encoders in a row that end without having coded a frame
 RESTART_S = 0.1  # the first wait before a new encoder
+LOOK_UP_S = 0.1
 SLACK_S = 12.0  # for a process that does not die
 
 
@@ -112,6 +113,7 @@ class LiveEncoder:
         self._backlog = Backlog(fps, room_frames=max(fps, 16))
         self._stopping = threading.Event()
         self._whole = False
+        self._deadline = float("inf")  # for everything to be written; monotonic
         self._failure = ""
         self.encoder_restarts = 0
         self._coding = Coding(
@@ -175,16 +177,23 @@ class LiveEncoder:
 
     def end(self, limit_s: float) -> bool:
         """Write everything out and publish recordings: whether all that was done within `limit_s` seconds."""
-        deadline = time.monotonic() + limit_s
+        self.hurry(limit_s)
         self._backlog.end()
-        self._thread.join(max(0.0, deadline - time.monotonic()))
+        while self._thread.is_alive() and time.monotonic() < self._deadline:
+            self._thread.join(LOOK_UP_S)
         if self._thread.is_alive() or not self._whole:
             self.abort()
             return False
         for sink in self._sinks:
-            sink.end(deadline)
-        ended = [sink.join(max(0.0, deadline - time.monotonic()) + SLACK_S) for sink in self._sinks]
+            sink.end(self._deadline)
+        ended = [sink.join(max(0.0, self._deadline - time.monotonic()) + SLACK_S) for sink in self._sinks]
         return all(ended)
+
+    def hurry(self, limit_s: float) -> None:
+        """Have `end`, which another thread waits for, be done within `limit_s` seconds from now."""
+        self._deadline = min(self._deadline, time.monotonic() + limit_s)
+        for sink in self._sinks:
+            sink.hurry(self._deadline)
 
     def abort(self) -> None:
         """Stop everything at once. A recording stays as its part file, which plays. Harmless after `end`."""

@@ -101,9 +101,13 @@ class Sink:
 
     def end(self, deadline: float) -> None:
         """No more units: write what is held until `deadline` (monotonic seconds). Returns at once."""
-        self._deadline = deadline
+        self.hurry(deadline)
         self._queue.end()
         self._ending.set()
+
+    def hurry(self, deadline: float) -> None:
+        """Give up at `deadline` what is not written then, unless an earlier one was set."""
+        self._deadline = min(self._deadline, deadline)
 
     def abort(self) -> None:
         """Stop at once; a recording stays as its part file."""

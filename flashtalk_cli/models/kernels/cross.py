@@ -15,7 +15,10 @@ from torch import Tensor
 
 from flashtalk_cli.models.attention import KeyValue, PromptKeys
 
-TOKENS, KEYS, WARPS = 128, 64, 8  # a program, and what it takes of the keys at once
+# By bytes a number: tokens of a program, and keys that it takes at once. In float32 no tensor core multiplies, and
+# the larger tiles would need 7 kB a thread beyond its registers.
+TILES = {2: (128, 64), 4: (64, 16)}
+WARPS = 8
 
 
 @triton.jit
@@ -115,13 +118,14 @@ def attention(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
     given = (q, text.k, text.v, *image)
     assert all(x.stride(3) == 1 for x in given), [x.stride() for x in given]
     out = torch.empty(videos, n_tokens, heads * width, dtype=q.dtype, device=q.device)
-    _cross[(triton.cdiv(n_tokens, TOKENS), heads, videos)](
+    tokens, keys = TILES[q.element_size()]
+    _cross[(triton.cdiv(n_tokens, tokens), heads, videos)](
         *given,
         out,
         *(n_tokens, text.k.shape[1], image.k.shape[1]),
         *(x.stride()[:3] for x in given),
         *(width**-0.5 * math.log2(math.e), math.log2(text.times)),
-        *(width, max(16, triton.next_power_of_2(width)), TOKENS, KEYS),
+        *(width, max(16, triton.next_power_of_2(width)), tokens, keys),
         num_warps=WARPS,
     )
     return out
