@@ -13,6 +13,7 @@ import torch
 from flashtalk_cli.live.stage import Cue, Inputs, ModelPerformer
 from flashtalk_cli.live.timeline import RATE_HZ, Taken
 from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.pipeline.chunks import Heard
 
 SOUND = Taken(np.zeros(RATE_HZ // 25, np.float32), np.full(1, np.nan), 0)
 
@@ -20,7 +21,7 @@ SOUND = Taken(np.zeros(RATE_HZ // 25, np.float32), np.full(1, np.nan), 0)
 class Stage:
     """Takes over what it is cued, at the end of its change as the real one does."""
 
-    heard = SimpleNamespace(n_frames=1)
+    heard = Heard(start_sample=-16_000, stop_sample=0, n_frames=1, first_frame=0)
 
     def __init__(self) -> None:
         self.inputs = Inputs(torch.zeros(1), torch.zeros(1), torch.zeros(1))
