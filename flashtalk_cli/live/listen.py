@@ -218,7 +218,7 @@ def _listen_at(address: Address) -> socket.socket:
 
 def _silent_logger() -> logging.Logger:
     """For the library: it tells of every stranger with a traceback, and of headers with what is in them."""
-    silent = logging.getLogger(f"{__name__}.library")
+    silent = logging.getLogger(f"{__name__}.websockets")
     silent.setLevel(logging.CRITICAL + 1)
     return silent
 

@@ -145,14 +145,14 @@ class _Espeak:
         name = ctypes.util.find_library("espeak-ng")
         if name is None:
             raise InputError("espeak-ng is not installed: apt-get install espeak-ng")
-        self.library = ctypes.CDLL(name)
-        self.rate_hz = self.library.espeak_Initialize(_RETRIEVAL, 0, None, _PHONEME_EVENTS | _PHONEME_IPA)
+        self._native = ctypes.CDLL(name)
+        self.rate_hz = self._native.espeak_Initialize(_RETRIEVAL, 0, None, _PHONEME_EVENTS | _PHONEME_IPA)
         if self.rate_hz <= 0:
             raise InputError("espeak-ng could not start: is espeak-ng-data installed?")
         self.pieces: list[np.ndarray] = []
         self.events: list[tuple[int, str]] = []
         self._callback = _Callback(self._receive)
-        self.library.espeak_SetSynthCallback(self._callback)
+        self._native.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples: ctypes._Pointer, count: int, events: ctypes._Pointer) -> int:
         if samples and count > 0:
@@ -167,14 +167,14 @@ class _Espeak:
 
     def speak(self, voice: Voice, text: str) -> tuple[np.ndarray, list[tuple[int, str]]]:
         self.pieces, self.events = [], []
-        if self.library.espeak_SetVoiceByName(voice.name.encode()) != 0:
+        if self._native.espeak_SetVoiceByName(voice.name.encode()) != 0:
             raise InputError(f"espeak-ng has no voice {voice.name!r}: espeak-ng --voices lists them")
-        self.library.espeak_SetParameter(_RATE, round(170 * voice.speed), 0)
-        self.library.espeak_SetParameter(_PITCH, int(np.clip(50 * voice.pitch, 0, 99)), 0)
-        self.library.espeak_SetParameter(_RANGE, 50, 0)
+        self._native.espeak_SetParameter(_RATE, round(170 * voice.speed), 0)
+        self._native.espeak_SetParameter(_PITCH, int(np.clip(50 * voice.pitch, 0, 99)), 0)
+        self._native.espeak_SetParameter(_RANGE, 50, 0)
         data = text.encode()
-        self.library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
-        self.library.espeak_Synchronize()
+        self._native.espeak_Synth(data, len(data) + 1, 0, 1, 0, _UTF8, None, None)
+        self._native.espeak_Synchronize()
         samples = np.concatenate(self.pieces) if self.pieces else np.zeros(0, np.int16)
         return samples.astype(np.float32) / 32768, self.events
 
