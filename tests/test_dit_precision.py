@@ -102,6 +102,27 @@ def test_a_gpu_computes_what_a_cpu_does(dtype: torch.dtype, bound: float) -> Non
     assert ((result - expected).norm() / expected.norm()) < bound, dit.kernel.name
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)],
+)
+def test_blocks_compile_with_gradients_and_without(device: str, backend: str) -> None:
+    """Contract: both ways a distillation runs its networks can be traced, and give what plain code does."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    params = replace(SMALL, dim=256)
+    drawn, dit = Inputs.draw(params), random_dit(params).to(device)
+    given_ = Inputs(*(getattr(drawn, name).to(device) for name in Inputs.__dataclass_fields__))
+    expected = given_.through(dit).detach()
+    dit.compile_blocks(backend)
+    learning = given_.through(dit)
+    learning.square().mean().backward()
+    with torch.no_grad():
+        rolled = given_.through(dit)
+    for result in (learning.detach(), rolled):
+        assert ((result - expected).norm() / expected.norm()) < 1e-3
+
+
 def test_time_is_embedded_in_float32_whatever_the_weights() -> None:
     """Contract: neighbouring times stay apart in bfloat16, where 999 and 1000 are one number."""
     dit = random_dit().bfloat16()

@@ -43,12 +43,9 @@ def place(dit: DiT, network: Network, device: torch.device, shards: int, *, trai
         _shard(dit, dtype, device)
     dit.to_empty(device=device)
     dit.requires_grad_(trained)
-    if (
-        network.compile and device.type == "cuda"
-    ):  # CPUs rotate pairs as complex numbers, which do not compile
+    if network.compile and device.type == "cuda":  # CPUs rotate pairs as complex numbers: nothing to gain
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-        for block in dit.blocks:
-            block.compile(dynamic=False)
+        dit.compile_blocks()
 
 
 def _shard(dit: DiT, dtype: torch.dtype, device: torch.device) -> None:
