@@ -29,7 +29,7 @@ from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.image import ImageEncoder
 from flashtalk_cli.models.speech import SpeechEncoder
-from flashtalk_cli.parallel.mesh import make_mesh
+from flashtalk_cli.parallel.mesh import kernels_of, make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.split import Split, split
 from flashtalk_cli.pipeline import chunks
@@ -105,8 +105,9 @@ class Worker:
         precision, options = self.preset.precision, {"random": self.random}
         dit_dtype, vae_dtype = (choose_dtype(name, self.device) for name in (precision.dit, precision.vae))
         compute = self.preset.compute
-        kernel = choose_kernel(compute.attention, self.device, dit_dtype)
-        mesh = make_mesh(self.ranks, self.split(), compute.engine, kernel.name)
+        split = self.split()
+        kernel = choose_kernel(compute.attention, self.device, dit_dtype, kernels_of(split, compute.engine))
+        mesh = make_mesh(self.ranks, split, compute.engine, kernel.name)
         eight_bits = precision.dit == "fp8"
         if eight_bits:
             fp8.check_device(self.device)

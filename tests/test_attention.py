@@ -21,6 +21,8 @@ from torch import Tensor
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, attention, choose_kernel, why_absent
 from flashtalk_cli.models.attention_fp8 import FEW_KEYS, emulated
+from flashtalk_cli.parallel.mesh import kernels_of
+from flashtalk_cli.parallel.split import Grid, Split
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HOPPER, BLACKWELL, ADA, TURING = (9, 0), (12, 0), (8, 9), (7, 5)
@@ -112,6 +114,18 @@ def test_auto_takes_the_fastest_present(machine: Machine) -> None:
     assert choose_kernel("auto", CUDA, torch.bfloat16).name == "flash"
     assert choose_kernel("auto", CUDA, torch.float32).name == "sdpa"
     assert choose_kernel("auto", CPU, torch.bfloat16) is SDPA
+
+
+def test_auto_looks_among_those_that_an_engine_runs(machine: Machine) -> None:
+    """Contract: fa3 is there and fastest, and passed over where xfuser attends, which does not know it."""
+    machine.install("fa3_fwd_interface")
+    machine.install("flash_attn")
+    whole = Grid((1,), (1,))
+    for ulysses, ring, expected in ((2, 1, "cudnn"), (1, 2, "flash")):
+        among = kernels_of(Split(ulysses, ring, whole), "xfuser")
+        assert choose_kernel("auto", CUDA, torch.bfloat16, among).name == expected
+    for split, engine in ((Split(1, 1, whole), "xfuser"), (Split(1, 2, whole), "torch")):
+        assert choose_kernel("auto", CUDA, torch.bfloat16, kernels_of(split, engine)).name == "fa3"
 
 
 @pytest.mark.parametrize(

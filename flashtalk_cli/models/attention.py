@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,12 +173,15 @@ def in_order(device: torch.device) -> tuple[str, ...]:
     return BEFORE_HOPPER if old else KERNEL_NAMES
 
 
-def choose_kernel(name: str, device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The kernel called `name`, or for 'auto' the fastest that is there.
+def choose_kernel(
+    name: str, device: torch.device, dtype: torch.dtype, among: Collection[str] | None = None
+) -> AttentionKernel:
+    """The kernel called `name`, or for 'auto' the fastest that is there, `among` those (None: all).
 
     Raises DeviceError when a kernel asked for by name cannot run here.
     """
-    names = in_order(device) if name == "auto" else (name,)
+    found = [one for one in in_order(device) if among is None or one in among]
+    names = found if name == "auto" else [name]
     for candidate in names:
         reason = why_absent(candidate, device, dtype)
         if reason is None:

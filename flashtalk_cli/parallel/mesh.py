@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import UNDIVIDED, Sequence, UlyssesRing
 from flashtalk_cli.parallel.spatial import WHOLE, TileGrid, Tiles
 from flashtalk_cli.parallel.split import Split
-from flashtalk_cli.parallel.xfuser import xfuser_ring
+from flashtalk_cli.parallel.xfuser import kernels_in, xfuser_ring
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def make_mesh(ranks: Ranks, split: Split, engine: str = "torch", attention: str 
         sequence if engine == "torch" else xfuser_ring(sequence, ranks.device, attention),
         make_tiles(ranks, split),
     )
+
+
+def kernels_of(split: Split, engine: str) -> Collection[str] | None:
+    """The attention kernels that can serve such a spread, by name; None: any."""
+    return None if split.size == 1 or engine == "torch" else kernels_in(split.ring)
 
 
 def make_tiles(ranks: Ranks, split: Split) -> Tiles:

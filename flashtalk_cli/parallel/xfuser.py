@@ -26,6 +26,11 @@ KERNELS = {"cudnn": "TORCH_CUDNN", "flash": "FA", "sdpa": "TORCH_FLASH"}  # ours
 WITHOUT_SUMS = ("cudnn",)
 
 
+def kernels_in(ring: int) -> list[str]:
+    """Our names of the kernels that xfuser runs in a ring of so many: `auto` chooses among them."""
+    return [name for name in KERNELS if ring == 1 or name not in WITHOUT_SUMS]
+
+
 @dataclass(frozen=True)
 class XfuserRing(UlyssesRing):
     """Shards and gathers as its parent does; xfuser attends."""
@@ -57,11 +62,11 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
     """
     if device.type != "cuda":
         raise DeviceError("compute.engine xfuser needs GPUs, and this run uses the CPU: take torch")
-    kernels = [name for name in KERNELS if ring.ring.size == 1 or name not in WITHOUT_SUMS]
+    kernels = kernels_in(ring.ring.size)
     if attention not in kernels:
         raise DeviceError(
-            f"xfuser cannot run compute.attention {attention} (asked for, or what auto found) in a ring of "
-            f"{ring.ring.size}: take {', '.join(kernels)}, or compute.engine torch"
+            f"xfuser cannot run compute.attention {attention} in a ring of {ring.ring.size}: take auto, "
+            f"{', '.join(kernels)}, or compute.engine torch"
         )
     try:
         start = importlib.import_module("xfuser.core.distributed")
