@@ -109,7 +109,10 @@ def test_evaluation_writes_a_table_and_pictures(trained: Path) -> None:
         "student, 2 steps",
     ]
     assert [result["evaluations"] for result in found["results"]] == [6, 4, 4, 2]
-    assert len((out / "eval.md").read_text().splitlines()) == 3 + len(names)
+    assert len((out / "eval.md").read_text().splitlines()) == 4 + len(names)
+    truth, through_vae = found["yardsticks"]
+    assert [truth["name"], through_vae["name"]] == ["truth", "truth through the VAE"]
+    assert truth["seen"]["likeness"] > through_vae["seen"]["likeness"]
     assert len(list(out.glob("strip-*.png"))) == len(list(out.glob("talk-*.png"))) == len(names)
 
 

@@ -13,7 +13,7 @@ Writes eval.json, eval.md, plots and film strips.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flashtalk_cli.config import SAMPLE_RATE_HZ
 from flashtalk_cli.distill.config import Evaluation
-from flashtalk_cli.distill.drive import Method, drive
+from flashtalk_cli.distill.drive import Method, drive, to_frames
+from flashtalk_cli.distill.encoding import as_video
 from flashtalk_cli.distill.measures import (
     NAMES,
     Lips,
@@ -36,12 +37,14 @@ from flashtalk_cli.distill.measures import (
     mouth_crops,
 )
 from flashtalk_cli.distill.panel import Panel
+from flashtalk_cli.distill.rollout import LATENTS_AT_ONCE
 from flashtalk_cli.models.dit import DiT
-from flashtalk_cli.models.vae import Vae
+from flashtalk_cli.models.vae import FRAMES_PER_LATENT, Vae
 
 STRIP_TIMES = 8  # frames of a film strip, from the first to the last
 SILENT_CHUNKS = 6
 SEED = 7
+CHUNK_COST = 8.0  # of a chunk's sound, decoding and measuring, in evaluations of the network
 QUIET_DB = 35.0  # below the loudest frame, a voice pauses
 RECORDING = Path(__file__).parent.parent / "assets" / "speech" / "austen.wav"
 
@@ -209,25 +212,52 @@ def loudness_of(samples: np.ndarray, fps: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """The meters on the generator's own frames: what a perfect model could reach."""
+class Yardstick:
+    """The meters on frames that no network here has made: what a candidate's figures are to be held against."""
 
+    name: str
     lips: Lips
     seen: dict[str, float]  # NAMES
 
 
-def of_truth(panel: Panel, reference: Reference, fps: int) -> Truth:
-    """Measure the panel's own frames."""
-    widths = panel.mouth_box[:, 2] - panel.mouth_box[:, 0]
+@torch.no_grad()
+def yardsticks(panel: Panel, vae: Vae, reference: Reference) -> tuple[Yardstick, Yardstick]:
+    """The panel's own frames, which a perfect model would make; and through the VAE, as a perfect network would."""
+    n_frames = 1 + (panel.frames.shape[1] - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT
+    frames, device = panel.frames[:, :n_frames], panel.encoders.device
+    decoded = []
+    for person in frames.split(1):
+        latents, _ = vae.encode(as_video(person, device))
+        decoded.append(to_frames(vae.decode(latents, latents_at_once=LATENTS_AT_ONCE)[0].float()).cpu())
+    return (
+        _measured("truth", panel, frames, reference),
+        _measured("truth through the VAE", panel, torch.cat(decoded), reference),
+    )
+
+
+def _measured(name: str, panel: Panel, frames: Tensor, reference: Reference) -> Yardstick:
+    """Measure frames uint8 [P, T, H, W, 3] of the panel's beginning, a second at a time."""
     crops, measured, before = [], [], panel.pictures
-    for some in panel.frames.split(fps, dim=1):
+    for some in frames.split(panel.encoders.base.sampling.fps, dim=1):
         crops.append(mouth_crops(some, panel.mouth_box))
         device = reference.token.device
         measured.append(measure_frames(some.to(device), before.to(device), reference))
         before = some[:, -1]
-    gap = gaps_of(torch.cat(crops, dim=1), widths)
+    gap = gaps_of(torch.cat(crops, dim=1), panel.mouth_box[:, 2] - panel.mouth_box[:, 0])
     lips = compare_lips(gap.numpy(), panel.gap[:, : gap.shape[1]].numpy())
-    return Truth(lips, _named(torch.cat(measured, dim=1).mean((0, 1))))
+    return Yardstick(name, lips, _named(torch.cat(measured, dim=1).mean((0, 1))))
+
+
+def share_out(candidates: Sequence[Candidate], n_ranks: int) -> list[list[int]]:
+    """Each rank's candidates by place: the longest first, each to the rank that has least to do."""
+    shares: list[list[int]] = [[] for _ in range(n_ranks)]
+    busy = [0.0] * n_ranks
+    cost = [c.n_chunks * (c.method.evaluations + CHUNK_COST) for c in candidates]
+    for place in sorted(range(len(candidates)), key=lambda place: -cost[place]):
+        rank = busy.index(min(busy))
+        shares[rank].append(place)
+        busy[rank] += cost[place]
+    return shares
 
 
 def per_second(values: Tensor, fps: int) -> Tensor:

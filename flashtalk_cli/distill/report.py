@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from flashtalk_cli.distill.evaluate import Result, Truth
+from flashtalk_cli.distill.evaluate import Result, Yardstick
 from flashtalk_cli.distill.measures import NAMES, Lips
 from flashtalk_cli.distill.panel import Panel
 
@@ -28,14 +28,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def write(out: Path, results: Sequence[Result], truth: Truth, panel: Panel, about: dict[str, Any]) -> Path:
+def write(
+    out: Path, results: Sequence[Result], yardsticks: Sequence[Yardstick], panel: Panel, about: dict[str, Any]
+) -> Path:
     """Write eval.json, eval.md, plots and strips into a folder; the table's path."""
     out.mkdir(parents=True, exist_ok=True)
-    own = {"lips": vars(truth.lips), "seen": truth.seen}
-    found = {"about": about, "truth": own, "results": [result.summary() for result in results]}
+    held = [{"name": own.name, "lips": vars(own.lips), "seen": own.seen} for own in yardsticks]
+    found = {"about": about, "yardsticks": held, "results": [result.summary() for result in results]}
     (out / "eval.json").write_text(json.dumps(_finite(found), indent=1) + "\n", encoding="utf-8")
     path = out / "eval.md"
-    path.write_text(table(results, truth), encoding="utf-8")
+    path.write_text(table(results, yardsticks), encoding="utf-8")
     for result in results:
         stem = result.name.replace(" ", "-").replace(",", "")
         shown = torch.cat([panel.pictures[:, None], result.strip], dim=1)
@@ -47,11 +49,12 @@ def write(out: Path, results: Sequence[Result], truth: Truth, panel: Panel, abou
     return path
 
 
-def table(results: Sequence[Result], truth: Truth) -> str:
+def table(results: Sequence[Result], yardsticks: Sequence[Yardstick]) -> str:
     """The results as a Markdown table."""
     rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
-    seen = (f"{truth.seen[name]:.3f}" for name in NAMES)
-    rows.append(("truth, by the meters", "", *_lips(truth.lips), "", "", "", "", *seen, ""))
+    for own in yardsticks:
+        seen = (f"{own.seen[name]:.3f}" for name in NAMES)
+        rows.append((own.name, "", *_lips(own.lips), "", "", "", "", *seen, ""))
     for result in results:
         kept = (f"{result.first[name]:.3f} → {result.last[name]:.3f}" for name in NAMES)
         rows.append(

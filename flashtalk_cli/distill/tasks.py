@@ -15,7 +15,7 @@ from flashtalk_cli.distill.data_tasks import make_people, prepare
 from flashtalk_cli.distill.dmd import DistillStage
 from flashtalk_cli.distill.drive import Method
 from flashtalk_cli.distill.encoding import Encoders
-from flashtalk_cli.distill.evaluate import Bench, Candidate, Interrupted, of_truth
+from flashtalk_cli.distill.evaluate import Bench, Candidate, Interrupted, share_out, yardsticks
 from flashtalk_cli.distill.export import export, note_of, weights_of
 from flashtalk_cli.distill.losses import Guidance
 from flashtalk_cli.distill.measures import Reference
@@ -127,7 +127,7 @@ def export_run(work: Work) -> int:
 def evaluate(work: Work) -> int:
     """`train eval`: teacher and students on held-out people, the candidates spread over the ranks."""
     job, ranks, device = work.job, work.ranks, work.ranks.device
-    plan, fps = job.preset.evaluation, job.base.sampling.fps
+    plan = job.preset.evaluation
     assert job.source is not None
     started_s = time.monotonic()
     candidates = _candidates(work)
@@ -145,7 +145,7 @@ def evaluate(work: Work) -> int:
     bench = Bench(panel, vae, reference, plan, work.stop, told)
     mine = []
     try:
-        for place in range(ranks.rank, len(candidates), ranks.size):
+        for place in share_out(candidates, ranks.size)[ranks.rank]:
             work.say("eval", candidates[place].name)
             mine.append((place, bench.run(candidates[place])))
     except Interrupted:
@@ -158,7 +158,7 @@ def evaluate(work: Work) -> int:
         return 0
     results = [found[place] for place in range(len(candidates))]
     about = {"preset": job.preset.name, "evaluation": plan.model_dump(), "device": device_name(device)}
-    path = write_report(job.out, results, of_truth(panel, reference, fps), panel, about)
+    path = write_report(job.out, results, yardsticks(panel, vae, reference), panel, about)
     work.emitter.emit("done", path=path, elapsed_s=time.monotonic() - started_s)
     return 0
 
