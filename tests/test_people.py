@@ -184,7 +184,7 @@ def test_people_follow_from_their_seed(seed: int) -> None:
     assert set(STYLES) == set(HAIR_STYLES)
     assert person.garment in GARMENTS
     assert person.backdrop in BACKDROPS
-    assert 0.46 <= person.face_height <= 0.72
+    assert 0.56 <= person.face_height <= 0.9
     for field in ("skin", "lip", "iris", "hair", "cloth"):
         assert all(0 <= channel <= 1 for channel in getattr(person, field))
     assert all(np.isfinite(value) and 0 <= value <= 1.3 for _, value in person.targets)
