@@ -44,7 +44,7 @@ from flashtalk_cli.models.vae import FRAMES_PER_LATENT, Vae
 STRIP_TIMES = 8  # frames of a film strip, from the first to the last
 SILENT_CHUNKS = 6
 SEED = 7
-CHUNK_COST = 8.0  # of a chunk's sound, decoding and measuring, in evaluations of the network
+CHUNK_COST = 8.0  # sound, decoding, measuring: reckoned, not measured, as so many evaluations of the network
 QUIET_DB = 35.0  # below the loudest frame, a voice pauses
 RECORDING = Path(__file__).parent.parent / "assets" / "speech" / "austen.wav"
 

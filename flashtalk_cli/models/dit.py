@@ -250,7 +250,7 @@ class DiT(nn.Module):
         kernels whose arguments are tuples either.)
         """
         self.compiled = True
-        for block in self._each_block("compile"):
+        for block in self.blocks:
             block.compile(dynamic=False, backend=backend)
 
     def _each_block(self, part: str) -> Iterator[Block]:
