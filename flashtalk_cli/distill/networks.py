@@ -43,9 +43,8 @@ def place(dit: DiT, network: Network, device: torch.device, shards: int, *, trai
         _shard(dit, dtype, device)
     dit.to_empty(device=device)
     dit.requires_grad_(trained)
-    if (
-        network.compile and device.type == "cuda"
-    ):  # CPUs rotate by complex numbers, which inductor leaves alone
+    # CPUs rotate pairs as complex numbers, for which inductor makes no code.
+    if network.compile and device.type == "cuda":
         torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
         dit.compile_blocks()
 
