@@ -53,9 +53,11 @@ def title(report: Mapping[str, Any]) -> str:
 
 
 def number_format(report: Mapping[str, Any]) -> str:
-    """Of the DiT, as the preset names it unless it left the choice to the machine."""
-    named = report["setting"]["precision"]["dit"]
-    return str(report["setting"]["dit_dtype"] if named == "auto" else named)
+    """Of the DiT, as the preset names it unless it left the choice to the machine; attention's where it is less."""
+    setting = report["setting"]
+    named = setting["precision"]["dit"]
+    name = str(setting["dit_dtype"] if named == "auto" else named)
+    return f"{name} with attention" if setting["attention"].endswith("-fp8") else name
 
 
 def hardware(report: Mapping[str, Any]) -> str:

@@ -41,9 +41,9 @@ class Needs:
     host_offloaded: float = 0
 
 
-# By model, and whether in eight bits. A chunk's peak on one H200 was 43.9 GiB in bfloat16 (scripts/gpu-check), in fp8
-# a step's and a decode's together 37.1 (scripts/gpu-speed); the driver's own share is added. With --offload: counted
-# from the sizes of weights and activations, and rounded up; not yet measured.
+# By model, and whether in eight bits. The peak on one H200 was 44.2 GiB in bfloat16 and 35.7 in fp8 (`flashtalk bench`);
+# the driver's own share is added. With --offload: counted from the sizes of weights and activations, and rounded up;
+# not yet measured.
 NEEDS = {
     ("soulx-14b", False): Needs(gpu=49e9, gpu_offloaded=20e9, host_offloaded=44e9),
     ("soulx-14b", True): Needs(gpu=42e9),
