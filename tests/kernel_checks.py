@@ -13,6 +13,7 @@ import pytest
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import fp8, rope, vae_blocks
@@ -26,7 +27,7 @@ from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.models.vae import Vae, VaeParams
 from flashtalk_cli.parallel.sequence import Sequence
-from flashtalk_cli.parallel.spatial import WHOLE
+from flashtalk_cli.parallel.spatial import WHOLE, Border, Tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -299,9 +300,10 @@ def test_norm_and_stacking(dtype: torch.dtype, frames: int, first: bool) -> None
         y = x if owed is None else (x.float() + bias.float())
         normal = torch.nn.functional.rms_norm(y.float(), (channels,), norm.gamma.flatten().float(), eps=1e-24)
         expected, kept = vae_blocks.with_past(torch.nn.functional.silu(normal).to(dtype), past)
-        ours, ours_kept = kernel_frames.norm_stack(x, owed, norm.gamma.flatten(), past)
-        assert_near(ours, vae_blocks.stack_frames(expected))
-        assert_near(ours_kept, kept)
+        for room in ((0, 0), (1, 1), (0, 1), (2, 1)):
+            ours, ours_kept = kernel_frames.norm_stack(x, owed, norm.gamma.flatten(), past, room)
+            assert_near(ours, F.pad(vae_blocks.stack_frames(expected), (0, 0, *room, *room)))
+            assert_near(ours_kept, kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -324,7 +326,18 @@ def test_doubled_pixels(dtype: torch.dtype) -> None:
     assert conv(x, WHOLE).shape == (2, 2, 6, 10, 6)
 
 
-def test_a_whole_decoder(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+class Framed(Tiles):
+    """Whole frames, handled as a tile of a grid is: with room around them, which is zero where nobody fills it."""
+
+    def halo(self, x: Tensor, before: int, after: int) -> tuple[Tensor, Border]:
+        return F.pad(x, (0, 0, before, after, before, after)), (0, 0)
+
+    def room(self, before: int, after: int) -> Border:
+        return before, after
+
+
+@pytest.mark.parametrize("tiles", [WHOLE, Framed()], ids=["whole", "framed"])
+def test_a_whole_decoder(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
     """Parity: decoded with every kernel and without one, in float32, in pieces of time."""
     monkeypatch.setattr(
         torch.backends.cudnn, "allow_tf32", False
@@ -336,6 +349,6 @@ def test_a_whole_decoder(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
     state, video = None, []
     with torch.no_grad():
         for piece in latents.split(1, dim=2):
-            frames, state = vae.decode(piece, state)
+            frames, state = vae.decode(piece, state, tiles)
             video.append(frames)
     torch.testing.assert_close(torch.cat(video, dim=2), expected.detach(), rtol=1e-3, atol=1e-4)

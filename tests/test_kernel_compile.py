@@ -24,8 +24,11 @@ from flashtalk_cli.models.attention import KeyValue, PromptKeys
 from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.vae import Vae, VaeParams
 from flashtalk_cli.parallel.sequence import UNDIVIDED
+from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
+from tests.kernel_checks import Framed  # noqa: E402  (it imports kernels)
+
 META, BF16 = torch.device("meta"), torch.bfloat16
 EVERY_LAYER = [
     f"{part}.{name}"
@@ -136,8 +139,9 @@ def test_attention_in_eight_bits(compiled: Compiled) -> None:
     assert_machine_code(compiled, {"_peaks", "_quantise_heads"})
 
 
+@pytest.mark.parametrize("tiles", [WHOLE, Framed()], ids=["whole", "framed"])
 @torch.no_grad()
-def test_a_decode(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode(compiled: Compiled, monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
     """The first latent, the second and those after it; every convolution is given its kernel channels-last."""
 
     def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -152,7 +156,7 @@ def test_a_decode(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae_module, "_latent_statistics", lambda device: (meta(16), meta(16)))
     with META:
         vae = Vae(VaeParams()).to(BF16)
-    video, _ = vae.decode(meta(1, 16, 3, H, W))
+    video, _ = vae.decode(meta(1, 16, 3, H, W), tiles=tiles)
     assert video.shape == (1, 3, 9, 8 * H, 8 * W)
     assert_machine_code(compiled, {"_norm_stack", "_add_bias", "_interleave"})
 

@@ -200,8 +200,8 @@ class CausalConv(Conv):
 
     def forward(self, x: Tensor, past: Past, tiles: Tiles) -> tuple[Tensor, Past]:
         """[B, T, H, W, I] to [B, T, H, W, O]."""
-        x, missing = tiles.halo(x, 1, 1)
         frames, past = with_past(x, past)
+        frames, missing = tiles.halo(frames, 1, 1)
         return self.convolve(frames, missing[0]), past
 
     def convolve(self, frames: Tensor, padding: int) -> Tensor:
@@ -214,20 +214,15 @@ class CausalConv(Conv):
         """The convolution of SiLU(norm(x + owed)): [B, T, H, W, O], the past, and the bias that is still owed.
 
         Where kernels are fused a bias costs nothing in the next pass, and a pass of its own here; so it is
-        handed on. A tile with a border of other tiles owes none: zeros around a picture take no bias.
+        handed on.
         """
-        x, missing = tiles.halo(x, 1, 1)
         if not fused(x):
             assert owed is None
             frames, past = norm_behind(cast("RmsNorm", norm), x, past)
+            frames, missing = tiles.halo(frames, 1, 1)
             return self.convolve(frames, missing[0]), past, None
-        from flashtalk_cli.models.kernels.frames import norm_stack
-
-        assert owed is None or missing == (1, 1)
-        stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past)
-        bias = self.bias if missing == (0, 0) else None
-        y = conv_frames(stacked, stacked_kernel(self.weight), bias, padding=missing[0])
-        return y, past, self.bias if bias is None else None
+        stacked, past, padding = _normed_and_stacked(norm, x, owed, past, tiles)
+        return conv_frames(stacked, stacked_kernel(self.weight), None, padding), past, self.bias
 
 
 class PixelConv(CausalConv):
@@ -249,12 +244,9 @@ class PixelConv(CausalConv):
         """See `CausalConv`; few channels come out, so the bias is not worth handing on."""
         if not fused(x):
             return super().after(norm, x, owed, past, tiles)
-        from flashtalk_cli.models.kernels.frames import norm_stack
-
-        x, missing = tiles.halo(x, 1, 1)
-        stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past)
+        stacked, past, padding = _normed_and_stacked(norm, x, owed, past, tiles)
         kernel, bias = self._of_four_pixels()
-        y = conv_frames(stacked, stacked_kernel(kernel), bias, padding=missing[0], stride=2)
+        y = conv_frames(stacked, stacked_kernel(kernel), bias, padding, stride=2)
         return rearrange(y, "b t h w (p q o) -> b t (h p) (w q) o", p=2, q=2), past, None
 
     def _of_four_pixels(self) -> tuple[Tensor, Tensor]:
@@ -308,6 +300,18 @@ def _two_taps(weight: Tensor, dim: int) -> Tensor:
 def fused(x: Tensor) -> bool:
     """Whether the passes between convolutions run as kernels of ours: on a CUDA device, without gradients."""
     return x.is_cuda and HAS_TRITON and not torch.is_grad_enabled()
+
+
+def _normed_and_stacked(
+    norm: nn.Module, x: Tensor, owed: Tensor | None, past: Past, tiles: Tiles
+) -> tuple[Tensor, Past, int]:
+    """What a 3 x 3 convolution reads, in one pass, with a border where tiles give one; the past; its padding."""
+    from flashtalk_cli.models.kernels.frames import norm_stack
+
+    room = tiles.room(1, 1)
+    stacked, past = norm_stack(x, owed, cast("RmsNorm", norm).gamma.flatten(), past, room)
+    tiles.fill(stacked, 1, 1)
+    return stacked, past, 1 - room[0]
 
 
 def add_owed(y: Tensor, owed: Tensor | None, x: Tensor) -> Tensor:

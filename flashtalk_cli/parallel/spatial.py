@@ -7,6 +7,9 @@ Each of them asks the passed `Tiles` object, so the network has one code path fo
     x, missing = tiles.halo(x, before, after)    # before a convolution
     k, v = tiles.gather(k), tiles.gather(v)      # before attention
 
+A kernel that writes what a convolution reads leaves `tiles.room` around it, and `tiles.fill` fills that:
+no pass over memory is spent on the border.
+
 With one rank nothing is fetched and nothing is copied: `halo` answers that the whole border is
 `missing`, and the convolution supplies it as its own zero padding, which costs nothing. A rank of
 a grid puts its neighbours' pixels around its own and zeros at the outer border, and answers
@@ -48,6 +51,13 @@ class Tiles:
         """
         return x, (before, after)
 
+    def room(self, before: int, after: int) -> Border:
+        """What is to be left free, and zero, around a tile for `fill`, of the border that a convolution reads."""
+        return 0, 0
+
+    def fill(self, x: Tensor, before: int, after: int) -> None:
+        """Write the neighbours' pixels into the room [..., before + H + after, before + W + after, C] of a tile."""
+
     def gather(self, x: Tensor) -> Tensor:
         """The whole frames [..., H, W, C] of which x [..., h, w, C] is this rank's tile."""
         return x
@@ -84,15 +94,24 @@ class TileGrid(Tiles):
 
     def halo(self, x: Tensor, before: int, after: int) -> tuple[Tensor, Border]:
         """The tile with its neighbours' pixels around it, zeros where the picture ends; nothing is missing."""
-        height, width = x.shape[-3:-1]
         surrounded = F.pad(x, (0, 0, before, after, before, after))
+        self.fill(surrounded, before, after)
+        return surrounded, (0, 0)
+
+    def room(self, before: int, after: int) -> Border:
+        """All of the border: whether there is a neighbour or the picture's end."""
+        return before, after
+
+    def fill(self, x: Tensor, before: int, after: int) -> None:
+        """Write the neighbours' pixels into the room around a tile; where the picture ends it stays as it is."""
+        height, width = (side - before - after for side in x.shape[-3:-1])
+        tile = _pixels(x, slice(before, before + height), slice(before, before + width))
         outgoing, places = {}, {}  # also where nothing is to be sent or to be filled: both sides know
         for rank, sends, fills in self.grid.neighbours(self.group.rank, height, width, before, after):
-            outgoing[rank], places[rank] = _pixels(x, *sends), _pixels(surrounded, *fills)
+            outgoing[rank], places[rank] = _pixels(tile, *sends), _pixels(x, *fills)
         received = self.group.exchange(outgoing, {rank: place.shape for rank, place in places.items()})
         for rank, place in places.items():
             place.copy_(received[rank])
-        return surrounded, (0, 0)
 
     def gather(self, x: Tensor) -> Tensor:
         """The whole frames [..., H, W, C] of which x [..., h, w, C] is this rank's tile, on every rank."""

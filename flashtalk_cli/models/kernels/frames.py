@@ -25,7 +25,10 @@ def _norm_stack(  # type: ignore[no-untyped-def]
     stacked,
     kept,
     n_frames,
-    pixels,
+    height,
+    width,
+    before,
+    after,
     C: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -33,11 +36,16 @@ def _norm_stack(  # type: ignore[no-untyped-def]
     PAST: tl.constexpr,
     FLOOR: tl.constexpr,
 ):
-    """Grid (tiles of a frame, B * (2 + n_frames)); of each video the first two frames are the past."""
-    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Grid (tiles of a frame with its border, B * (2 + n_frames)); of each video the first two frames are the past."""
+    wide = before + width + after
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # in a frame with its border
+    y, x_ = place // wide - before, place % wide - before
+    own = (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
+    pixels, places = height * width, (before + height + after) * wide
     channel = tl.arange(0, WIDE)
-    there = (pixel < pixels)[:, None] & (channel < C)[None, :]
-    inside = pixel[:, None] * C + channel[None, :]
+    room = (place < places)[:, None] & (channel < C)[None, :]
+    there = own[:, None] & (channel < C)[None, :]
+    inside = (y.to(tl.int64) * width + x_)[:, None] * C + channel[None, :]
     which = tl.program_id(1).to(tl.int64)
     clip, frame = which // (n_frames + 2), which % (n_frames + 2)
     if frame >= 2:
@@ -48,17 +56,17 @@ def _norm_stack(  # type: ignore[no-untyped-def]
         scale = tl.rsqrt(tl.sum(value * value, 1) / C + FLOOR)
         weight = tl.load(gamma + channel, channel < C, other=0.0).to(tl.float32)
         value = value * scale[:, None] * weight[None, :]
-        value = value * tl.sigmoid(value)
+        value = tl.where(there, value * tl.sigmoid(value), 0.0)  # a bias is no part of the border
     else:
         value = tl.zeros((ROWS, WIDE), tl.float32)
         if PAST:
             value = tl.load(past + (clip * 2 + frame) * pixels * C + inside, there, other=0.0).to(tl.float32)
     out = value.to(stacked.dtype.element_ty)
     for k in tl.static_range(3):
-        to = frame - k + 0 * pixel
+        to = frame - k + 0 * place
         wanted = (to >= 0) & (to < n_frames)
-        at = ((clip * n_frames + to) * pixels + pixel)[:, None] * (3 * C) + k * C + channel[None, :]
-        tl.store(stacked + at, out, there & wanted[:, None])
+        at = ((clip * n_frames + to) * places + place)[:, None] * (3 * C) + k * C + channel[None, :]
+        tl.store(stacked + at, out, room & wanted[:, None])
     if frame >= n_frames:
         tl.store(kept + (clip * 2 + frame - n_frames) * pixels * C + inside, out, there)
 
@@ -98,20 +106,23 @@ def _interleave(  # type: ignore[no-untyped-def]
     tl.store(out + at, value.to(out.dtype.element_ty), there)
 
 
-def norm_stack(x: Tensor, bias: Tensor | None, gamma: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+def norm_stack(
+    x: Tensor, bias: Tensor | None, gamma: Tensor, past: Tensor | None, room: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
     """SiLU(norm(x + bias) * gamma) behind the past, each frame beside its two predecessors; the new past.
 
-    x: [B, T, H, W, C]. past: [B, 2, H, W, C], as this gave it before; None: zeros. Returns
-    [B, T, H, W, 3 C] and [B, 2, H, W, C].
+    x: [B, T, H, W, C]. past: [B, 2, H, W, C], as this gave it before; None: zeros. room: zeros to leave above
+    and left of each frame, and below and right of it. Returns [B, T, H + room, W + room, 3 C] and [B, 2, H, W, C].
     """
     x = x.contiguous()
     batch, n_frames, height, width, channels = x.shape
-    stacked = x.new_empty(batch, n_frames, height, width, 3 * channels)
+    places = (sum(room) + height, sum(room) + width)
+    stacked = x.new_empty(batch, n_frames, *places, 3 * channels)
     kept = x.new_empty(batch, 2, height, width, channels)
     wide, rows = _tiles(channels)
-    _norm_stack[(triton.cdiv(height * width, rows), batch * (n_frames + 2))](
+    _norm_stack[(triton.cdiv(places[0] * places[1], rows), batch * (n_frames + 2))](
         *(x, bias, gamma, None if past is None else past.contiguous(), stacked, kept, n_frames),
-        *(height * width, channels, wide, rows, bias is not None, past is not None, FLOOR),
+        *(height, width, *room, channels, wide, rows, bias is not None, past is not None, FLOOR),
     )
     return stacked, kept
 
