@@ -3,10 +3,12 @@
     python -m flashtalk_cli.distill.components.train vae    BANK OUT --seconds 540
     python -m flashtalk_cli.distill.components.train speech BANK OUT --seconds 400
     python -m flashtalk_cli.distill.components.train decoder BANK OUT --seconds 240 --start OUT/vae.safetensors
+    python -m flashtalk_cli.distill.components.train measure BANK OUT --start OUT/vae.safetensors
 
-The first two run side by side; the third goes on with the VAE's decoder alone, at any time later. Each writes its weights to OUT about every minute and at its end, and what
-it measured to OUT/vae.json and OUT/speech.json; the first trains the image encoder too. `--seconds` is
-all the time that a command takes, measuring at its end included.
+The first two run side by side; the third goes on with the VAE's decoder alone, at any time later; the fourth only measures a VAE.
+Each writes its weights to OUT about every minute and at its end, and what it measured to OUT/vae.json and
+OUT/speech.json; the first trains the image encoder too. `--seconds` is all the time that a command takes, measuring at
+its end included.
 """
 
 from __future__ import annotations
@@ -78,6 +80,13 @@ def train_vae(
         encoder, figures["image"] = image.train(pool, image_s, device)
         image.save_weights(encoder, out / "image.safetensors")
     vae.save_weights(model, out / "vae.safetensors")
+    write_vae_figures(model, bank, out, device, plan, figures)
+
+
+def write_vae_figures(
+    model: Vae, bank: Path, out: Path, device: str, plan: vae_training.Plan, figures: dict[str, Any]
+) -> None:
+    """Measure a VAE on held-out people, as the generator frames them today: OUT/vae.json and a picture, OUT/vae.png."""
     clips = held_out_clips(bank, plan.held_out_clips, device, plan.pool_frames)
     figures["held_out"] = vae.measure(model, clips)
     log.info("vae %s", figures["held_out"])
@@ -158,19 +167,21 @@ def _name(device: str) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("vae", "speech", "decoder"))
+    parser.add_argument("part", choices=("vae", "speech", "decoder", "measure"))
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--seconds", type=float, help="all that a training may take")
     parser.add_argument("--fill-seconds", type=float, default=60.0)
     parser.add_argument("--image-seconds", type=float, default=25.0)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--start", type=Path, help="of speech and decoder: weights to begin with")
+    parser.add_argument("--start", type=Path, help="weights to begin with, or to measure")
     parser.add_argument("--toy", action="store_true", help="run every line at a size that teaches nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    if given.part == "decoder" and given.start is None:
-        parser.error("decoder goes on with a VAE: name its weights with --start")
+    if given.part in ("decoder", "measure") and given.start is None:
+        parser.error(f"{given.part} takes a VAE: name its weights with --start")
+    if given.part != "measure" and given.seconds is None:
+        parser.error("say how long it may train with --seconds")
     setup(debug=True)
     given.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
@@ -180,6 +191,13 @@ def main() -> None:
             speech.TOY if given.toy else speech.Plan(), fill_s=given.fill_seconds, workers=given.workers
         )
         train_speech(given.bank, given.out, given.seconds, given.device, heard, given.start)
+    elif given.part == "measure":
+        model = Vae(vae.MINI).to(given.device)
+        model.load_state_dict(load_file(given.start))
+        seen = vae_training.TOY if given.toy else vae_training.Plan()
+        write_vae_figures(
+            model.eval(), given.bank, given.out, given.device, seen, {"measured": str(given.start)}
+        )
     else:
         whole = vae_training.FINER if given.part == "decoder" else vae_training.Plan()
         seen = replace(vae_training.TOY if given.toy else whole, fill_s=given.fill_seconds)
