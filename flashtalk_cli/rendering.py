@@ -143,7 +143,7 @@ class Worker:
         """What records steps; None where that cannot be: blocks that are moved about, another library's exchanges."""
         if self.device.type != "cuda" or self.offload or (self.ranks.size > 1 and engine != "torch"):
             return None
-        graphs = Graphs(self.ranks.traffic.count) if self.ranks.size > 1 else Graphs()
+        graphs = Graphs(self.ranks.traffic.count, self.ranks.any) if self.ranks.size > 1 else Graphs()
         self.ranks.before_leaving.append(graphs.clear)
         return graphs
 
@@ -232,7 +232,8 @@ def make_frames(
             break
     last = delivery.flush()
     if last is not None:
-        yield last
+        with worker.ranks.pulse.resting():
+            yield last
 
 
 def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int) -> int:
@@ -257,11 +258,12 @@ def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int)
         for frames in pieces:
             file.write(frames.numpy())
             progress.report(file.frames_written)
-        if file.frames_written < job.n_frames:
-            kept = file.abort()
+        with worker.ranks.pulse.resting():  # the other ranks may wait for the next clip already
+            kept = file.abort() if file.frames_written < job.n_frames else None
+            path = file.finish() if kept is None else None
+        if path is None:
             worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
             return INTERRUPTED_EXIT_CODE
-        path = file.finish()
     worker.emitter.emit(
         "done",
         path=path,

@@ -30,7 +30,7 @@ from flashtalk_cli.live.ending import leave
 from flashtalk_cli.live.session import stream
 from flashtalk_cli.models.device import choose_device, out_of_memory
 from flashtalk_cli.parallel.pulse import Verdict
-from flashtalk_cli.parallel.ranks import Ranks, join
+from flashtalk_cli.parallel.ranks import WATCHED_S, Ranks, join
 from flashtalk_cli.rendering import Worker, render
 from flashtalk_cli.serving import serve
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks(torch.device("cpu"))
     try:
         job: Job = TypeAdapter[Job](Job).validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        ranks = join(choose_device(job.preset.compute.device), rank_log)
+        ranks = join(choose_device(job.preset.compute.device), rank_log, WATCHED_S)
         log.setup(debug=debug, rank=ranks.rank, console=console)
         watch_parent(lambda: end_alone(stop), emitter)
         ranks.pulse.start(lambda verdict: give_up(verdict, ranks, emitter))

@@ -294,7 +294,7 @@ def graph(check: Check) -> None:
     if check.ranks.device.type != "cuda":
         return
     plain = chunks(check, check.shared, 1)
-    graphs = Graphs(check.ranks.traffic.count)
+    graphs = Graphs(check.ranks.traffic.count, check.ranks.any)
     given = Given.of(check, check.shared)
     models = replace(check.shared, graphs=graphs)
     times = []

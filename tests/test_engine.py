@@ -4,6 +4,7 @@ the package), and that it computes what torch's collectives do (parity, on GPUs)
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -22,10 +23,12 @@ from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.xfuser import KERNELS, xfuser_ring
 
 GPU = torch.device("cuda", 0)
+WORLD: Any = SimpleNamespace(bound_device_id=GPU)  # a process group
 
 
 def ring_of(ulysses: int, ring: int) -> UlyssesRing:
-    return UlyssesRing(groups(ulysses * ring)[0], groups(ulysses)[0], groups(ring)[0])
+    everyone = replace(groups(ulysses * ring)[0], handle=WORLD)
+    return UlyssesRing(everyone, groups(ulysses)[0], groups(ring)[0])
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     module(
         "xfuser.core.distributed",
         init_distributed_environment=lambda **given: found.update(world=given),
-        initialize_model_parallel=lambda **given: found.update(degrees=given),
+        initialize_model_parallel=lambda **given: found.update(degrees=given, bound=WORLD.bound_device_id),
     )
     module("xfuser.core.long_ctx_attention", xFuserLongContextAttention=Layer)
     module("yunchang")
@@ -65,7 +68,9 @@ def test_xfuser_is_asked_for_our_degrees_and_kernel(asked: dict[str, Any]) -> No
     assert asked["world"] == {"world_size": 4, "rank": 0, "local_rank": 0}
     assert asked["degrees"] == {"sequence_parallel_degree": 4, "ulysses_degree": 2, "ring_degree": 2}
     assert asked["layer"] == {"use_pack_qkv": True, "attn_type": "their TORCH_FLASH"}
-    q = torch.randn(1, 3, 4, 8)
+    assert asked["bound"] is None  # its groups are made when they are used
+    assert WORLD.bound_device_id == GPU
+    q = torch.randn(1, 3, 4, 8).bfloat16()
     assert torch.equal(made.attend(SDPA, q, q, q, 12), q)
     assert made.everyone.traffic.begun == 1
 
@@ -73,9 +78,24 @@ def test_xfuser_is_asked_for_our_degrees_and_kernel(asked: dict[str, Any]) -> No
 def test_padding_is_refused(asked: dict[str, Any]) -> None:
     """Contract: it would be attended to."""
     made = xfuser_ring(ring_of(2, 2), GPU, "flash")
-    q = torch.randn(1, 3, 4, 8)
+    q = torch.randn(1, 3, 4, 8).bfloat16()
     with pytest.raises(ConfigError, match="11 tokens do not divide by 4 GPUs"):
         made.attend(SDPA, q, q, q, 11)
+
+
+def test_float32_is_refused(asked: dict[str, Any]) -> None:
+    """Contract: in one line, and not by a kernel's own error in the first step."""
+    made = xfuser_ring(ring_of(2, 2), GPU, "sdpa")
+    q = torch.randn(1, 3, 4, 8)
+    with pytest.raises(ConfigError, match=r"half precision, not in torch.float32: take torch"):
+        made.attend(SDPA, q, q, q, 12)
+
+
+def test_an_older_yunchang_is_named(asked: dict[str, Any]) -> None:
+    """Contract: which lacks a kernel that we ask for."""
+    sys.modules["yunchang.kernels"].__dict__["AttnType"] = {"TORCH": "theirs"}
+    with pytest.raises(DeviceError, match=r"xfuser does not load \('TORCH_FLASH'\): pip install --upgrade"):
+        xfuser_ring(ring_of(2, 2), GPU, "sdpa")
 
 
 def test_what_xfuser_cannot_do_is_refused(asked: dict[str, Any]) -> None:

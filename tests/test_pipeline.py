@@ -224,7 +224,7 @@ def test_a_primed_decoder_shows_the_same(
     conditions, drawn = tiny["conditions"][0], []
     denoise = session.denoise
     monkeypatch.setattr(session, "denoise", lambda *given: drawn.append(denoise(*given)) or drawn[-1])
-    monkeypatch.setattr(session, "_latents_at_once", lambda tile: 1)
+    monkeypatch.setattr(session, "latents_at_once", lambda *_: 1)
     state = session.begin(conditions, 1)
     for index, windows in enumerate(tiny["windows"]):
         if index == 2:
@@ -264,6 +264,27 @@ def test_latents_in_pieces(n: int, at_once: int) -> None:
     assert len(pieces) == 1 + -(-(n - 1) // at_once)
 
 
+@given(height=st.integers(16, 81), width=st.integers(16, 81), size=st.integers(1, 8), n=st.integers(1, 9))
+def test_all_ranks_cut_a_chunk_alike(height: int, width: int, size: int, n: int) -> None:
+    """Property: of any picture and any count of ranks, also where their tiles are of several sizes.
+
+    Ranks exchange the borders of every piece: with other pieces their exchanges would not meet.
+    """
+    from flashtalk_cli.parallel.group import Group
+    from flashtalk_cli.parallel.spatial import TileGrid
+    from flashtalk_cli.parallel.split import choose_grid
+    from flashtalk_cli.pipeline.session import in_pieces, latents_at_once
+
+    latents = torch.empty(1, 16, n, 2 * height, 2 * width, device="meta")  # a GPU's rule, and no memory
+    grid = choose_grid(size, 2 * height, 2 * width)
+    cut = [TileGrid(grid, Group(size, rank)) for rank in range(size)]
+    pieces = {
+        tuple(piece.shape[2] for piece in in_pieces(tiles.cut(latents), latents_at_once(latents, tiles)))
+        for tiles in cut
+    }
+    assert len(pieces) == 1
+
+
 @torch.no_grad()
 def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parity: frames, and the state that the next chunk begins with."""
@@ -271,7 +292,7 @@ def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: py
 
     conditions, windows = tiny["conditions"][0], tiny["windows"][0]
     expected, after = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
-    monkeypatch.setattr(session, "_latents_at_once", lambda tile: 3)
+    monkeypatch.setattr(session, "latents_at_once", lambda *_: 3)
     video, state = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)  # an eighth of a level
     torch.testing.assert_close(state.motion, after.motion, rtol=1e-3, atol=1e-3)

@@ -5,18 +5,25 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashtalk_cli import rendering
+from flashtalk_cli.config import RenderJob
+from flashtalk_cli.events import Emitter
 from flashtalk_cli.parallel import pulse
 from flashtalk_cli.parallel.pulse import (
     BEAT_S,
@@ -32,6 +39,7 @@ from flashtalk_cli.parallel.pulse import (
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.traffic import Traffic
 from flashtalk_cli.pipeline.streams import Graphs
+from flashtalk_cli.presets import load
 
 SIZE = 3
 
@@ -283,3 +291,92 @@ def test_a_replay_counts_as_one_exchange_and_its_recording_ends_before_the_group
     ranks.leave()
     assert done == ["counted", "replay"] * 2 + ["given up", "ended"]
     assert not graphs._recordings
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_a_step_is_recorded_by_all_ranks_or_by_none(
+    monkeypatch: pytest.MonkeyPatch, fails_here: bool
+) -> None:
+    """Contract: where one rank has no memory left for a recording, the others give theirs up; each asks once."""
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: pytest.fail("replayed"))
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def recording(*_: object, **__: object) -> nullcontext[None]:
+        if fails_here:
+            raise torch.OutOfMemoryError("no memory")
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    graphs = Graphs(agree=lambda failed: (asked.append(failed), True)[1])
+    what, x = object(), torch.ones(3)
+    for _ in range(4):
+        assert torch.equal(graphs("double", what, lambda x: 2 * x, x), 2 * x)
+    assert asked == [fails_here]
+    assert not graphs.works
+
+
+def test_a_run_that_rests_is_not_ended_by_the_libraries() -> None:
+    """Contract: ranks meet within ten minutes, and from then on the pulse alone says what takes too long."""
+    program = (
+        "import torch, torch.distributed as dist\n"
+        "from flashtalk_cli.parallel.ranks import WATCHED_S, join\n"
+        "ranks = join(torch.device('cpu'), None, WATCHED_S)\n"
+        "limit = dist.group.WORLD._get_backend(torch.device('cpu')).options._timeout\n"
+        "assert limit.total_seconds() == ranks.patience_s == WATCHED_S > 7 * 24 * 3600, limit\n"
+        "ranks.leave()\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "alone"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **alone, **place}, check=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("n_frames", [2, 9])
+def test_a_file_may_take_long_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, n_frames: int) -> None:
+    """Contract: ranks that wait for the next clip are told that rank 0 rests, whole and interrupted."""
+    done: list[str] = []
+
+    class File:
+        frames_written = 0
+
+        def __init__(self, *_: object, **__: object) -> None:
+            """Takes what a file takes."""
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            """Closed."""
+
+        def write(self, frames: np.ndarray) -> None:
+            self.frames_written += len(frames)
+
+        def end(self, how: str) -> Path:
+            assert ranks.pulse._resting, how
+            done.append(how)
+            return tmp_path / "x.mp4"
+
+        def finish(self) -> Path:
+            return self.end("finished")
+
+        def abort(self) -> Path:
+            return self.end("interrupted")
+
+    monkeypatch.setattr(rendering, "VideoFile", File)
+    ranks = Ranks(torch.device("cpu"))
+    worker: Any = SimpleNamespace(ranks=ranks, comment=lambda: "", emitter=Emitter(None))
+    preset = load("mini")
+    speech: Any = SimpleNamespace(n_samples=n_frames * preset.sampling.samples_per_frame)
+    job = RenderJob.model_construct(
+        preset=preset, output=tmp_path / "x.mp4", speech=speech, audio=tmp_path / "x.wav", overwrite=False
+    )
+    rendering.write(worker, job, iter([torch.zeros(2, 4, 4, 3, dtype=torch.uint8)]), -1)
+    assert done == ["finished" if n_frames == 2 else "interrupted"]
+    assert not ranks.pulse._resting

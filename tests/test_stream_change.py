@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashtalk_cli.live import stage as stage_module
 from flashtalk_cli.live.stage import Cue, Inputs, ModelPerformer
 from flashtalk_cli.live.timeline import RATE_HZ, Taken
 from flashtalk_cli.parallel.ranks import Ranks
@@ -99,3 +100,17 @@ def test_a_prompt_asked_for_while_a_picture_is_taken_over_does_not_bring_the_old
     assert chunk() == (6, 11)
     stage.before_change = lambda: None
     assert chunk() == (6, 14)
+
+
+def test_a_change_is_given_the_time_of_a_first_chunk() -> None:
+    """Contract: a prompt of another length compiles kernels, while no rank begins an exchange."""
+    condition = SimpleNamespace(condition=lambda text, tokens: "context")
+    conditions = stage_module.Conditions(torch.zeros(1), "before", torch.zeros(1), None)  # type: ignore[arg-type]
+    own = stage_module.Stage.__new__(stage_module.Stage)
+    own._ranks = Ranks(torch.device("cpu"))
+    own._conditions = conditions
+    own.models = SimpleNamespace(dit=condition, device=torch.device("cpu"))  # type: ignore[assignment]
+    own._ranks.pulse.rounds = 9
+    own._change(Inputs(torch.zeros(1), torch.zeros(1), torch.zeros(1)), new_picture=False)
+    assert own._ranks.pulse.rounds == 0
+    assert own._conditions.context == "context"

@@ -23,7 +23,7 @@ from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.events import Emitter, watch_parent
 from flashtalk_cli.failing import fail, reason
 from flashtalk_cli.models.device import choose_device
-from flashtalk_cli.parallel.ranks import PEER_TIMEOUT_S, Ranks, join
+from flashtalk_cli.parallel.ranks import UNWATCHED_S, Ranks, join
 
 UNEVEN_TASKS = ("people", "eval")  # whose ranks work by themselves, some much longer than others
 UNEVEN_S = 7 * 24 * 3600.0
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks(torch.device("cpu"))
     try:
         job = TrainJob.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
-        patience_s = UNEVEN_S if job.task in UNEVEN_TASKS else PEER_TIMEOUT_S
+        patience_s = UNEVEN_S if job.task in UNEVEN_TASKS else UNWATCHED_S
         ranks = join(choose_device(job.base.compute.device), patience_s=patience_s)
         log.setup(debug="--debug" in argv, rank=ranks.rank)
         watch_parent(stop.set, emitter)

@@ -103,6 +103,7 @@ class Stage:
 
     def _change(self, inputs: Inputs, new_picture: bool) -> None:
         """Another picture begins as a stream begins; another prompt leaves the motion as it is."""
+        self._ranks.pulse.anew()  # a prompt of another length may compile kernels
         if not new_picture:
             context = self.models.dit.condition(
                 inputs.text.to(self.models.device), inputs.tokens.to(self.models.device)

@@ -19,15 +19,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.parallel.group import ALONE, Group
 from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, Pulse
 from flashtalk_cli.parallel.traffic import Traffic
 
-# The libraries' own limit on an exchange, for whoever keeps no watch on the pulse, which is quicker.
-# It must outlast a first compilation on one rank.
-PEER_TIMEOUT_S = FIRST_S
+# The libraries' own limit on an exchange. Where nobody keeps a watch on the pulse it must outlast a first
+# compilation on one rank; where somebody does, it must not end a run that rests.
+UNWATCHED_S = FIRST_S
+WATCHED_S = 30 * 24 * 3600.0
 
 LEAVE_S = 10.0
 
@@ -46,6 +48,7 @@ class Ranks:
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     pulse: Pulse = field(default_factory=Pulse, compare=False)
     before_leaving: list[Callable[[], None]] = field(default_factory=list, compare=False)
+    patience_s: float = UNWATCHED_S
 
     @property
     def leads(self) -> bool:
@@ -72,9 +75,8 @@ class Ranks:
             return ALONE
         return Group(len(own), list(own).index(self.rank), handles[tuple(own)], self.traffic)
 
-    @staticmethod
-    def _new_group(part: Sequence[int]) -> dist.ProcessGroup:
-        return dist.new_group(list(part), timeout=timedelta(seconds=PEER_TIMEOUT_S))
+    def _new_group(self, part: Sequence[int]) -> dist.ProcessGroup:
+        return dist.new_group(list(part), timeout=timedelta(seconds=self.patience_s))
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -132,18 +134,18 @@ class Ranks:
         watch.cancel()
 
 
-def join(device: torch.device, log: Path | None = None, patience_s: float = PEER_TIMEOUT_S) -> Ranks:
+def join(device: torch.device, log: Path | None = None, patience_s: float = UNWATCHED_S) -> Ranks:
     """Join the run's process group, when torchrun started this process; each rank takes a GPU of its own.
 
     Tensors on a GPU travel by NCCL, and tensors on the CPU, which coordinate, by gloo. From here on this
     process dies with the torchrun that started it. `log` is where this rank's log lies, for the others' errors;
-    `patience_s` is how long an exchange may take, where nobody keeps a watch on the pulse. Raises DeviceError
-    when there are fewer GPUs than ranks.
+    `patience_s` is how long an exchange may take once all have met. Raises DeviceError when there are fewer
+    GPUs than ranks.
     """
     if not dist.is_torchelastic_launched():
         return Ranks(device)
     _die_with_parent()
-    timeout = timedelta(seconds=patience_s)
+    timeout = timedelta(seconds=FIRST_S)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timedelta(seconds=SILENT_S))
     if device.type == "cuda":
@@ -158,7 +160,8 @@ def join(device: torch.device, log: Path | None = None, patience_s: float = PEER
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    return Ranks(device, size, rank, traffic, pulse)
+    distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
+    return Ranks(device, size, rank, traffic, pulse, patience_s=patience_s)
 
 
 def _die_with_parent() -> None:

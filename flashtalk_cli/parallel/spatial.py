@@ -51,6 +51,11 @@ class Tiles:
         """
         return x, (before, after)
 
+    @property
+    def count(self) -> int:
+        """Tiles that the picture is cut into."""
+        return 1
+
     def room(self, before: int, after: int) -> Border:
         """What is to be left free, and zero, around a tile for `fill`, of the border that a convolution reads."""
         return 0, 0
@@ -91,6 +96,11 @@ class TileGrid(Tiles):
 
     def __post_init__(self) -> None:
         assert self.grid.size == self.group.size, f"{self.grid.size} tiles, {self.group.size} ranks"
+
+    @property
+    def count(self) -> int:
+        """Tiles that the picture is cut into."""
+        return self.grid.size
 
     def halo(self, x: Tensor, before: int, after: int) -> tuple[Tensor, Border]:
         """The tile with its neighbours' pixels around it, zeros where the picture ends; nothing is missing."""

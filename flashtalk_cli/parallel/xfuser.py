@@ -12,14 +12,17 @@ xfuser keeps its groups in globals of its own, so a process can have one such ri
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flashtalk_cli.errors import ConfigError, DeviceError
+from flashtalk_cli.models.attention import HALF_PRECISION
 from flashtalk_cli.parallel.sequence import Attend, UlyssesRing
 
 KERNELS = {"cudnn": "TORCH_CUDNN", "flash": "FA", "sdpa": "TORCH_FLASH"}  # ours: theirs
@@ -40,8 +43,12 @@ class XfuserRing(UlyssesRing):
     def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
         """Attention of this rank's queries to the keys of all `length` tokens, by the kernel chosen before.
 
-        Raises ConfigError when the tokens do not divide by the ranks.
+        Raises ConfigError when the tokens do not divide by the ranks, and for float32, which no kernel takes.
         """
+        if q.dtype not in HALF_PRECISION:
+            raise ConfigError(
+                f"compute.engine xfuser attends in half precision, not in {q.dtype}: take torch"
+            )
         held = q.shape[1] * self.everyone.size
         if held != length:
             raise ConfigError(
@@ -71,15 +78,16 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
     try:
         start = importlib.import_module("xfuser.core.distributed")
         layer = importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
-        kinds = importlib.import_module("yunchang.kernels").AttnType
-    except (ImportError, OSError, RuntimeError) as error:  # the last: diffusers beside another transformers
+        kind = importlib.import_module("yunchang.kernels").AttnType[KERNELS[attention]]
+    # A RuntimeError: diffusers beside another transformers; a KeyError: an older yunchang, which lacks a kernel.
+    except (ImportError, OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise DeviceError(
             f"xfuser does not load ({reason}): pip install --upgrade 'flashtalk[gpu]' diffusers, "
             "or take compute.engine torch"
         ) from None
     _start_groups(start, ring, device)
-    attend = layer(use_pack_qkv=True, attn_type=kinds[KERNELS[attention]])
+    attend = layer(use_pack_qkv=True, attn_type=kind)
     return XfuserRing(
         ring.everyone, ring.ulysses, ring.ring, run=lambda q, k, v: attend(None, query=q, key=k, value=v)
     )
@@ -87,11 +95,28 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
 
 def _start_groups(start: ModuleType, ring: UlyssesRing, device: torch.device) -> None:
     """Have xfuser make its groups, in the order of ranks that ours have."""
-    start.init_distributed_environment(
-        world_size=ring.everyone.size, rank=ring.everyone.rank, local_rank=device.index
-    )
-    start.initialize_model_parallel(
-        sequence_parallel_degree=ring.everyone.size,
-        ulysses_degree=ring.ulysses.size,
-        ring_degree=ring.ring.size,
-    )
+    with _unbound(ring.everyone.handle):
+        start.init_distributed_environment(
+            world_size=ring.everyone.size, rank=ring.everyone.rank, local_rank=device.index
+        )
+        start.initialize_model_parallel(
+            sequence_parallel_degree=ring.everyone.size,
+            ulysses_degree=ring.ulysses.size,
+            ring_degree=ring.ring.size,
+        )
+
+
+@contextmanager
+def _unbound(everyone: dist.ProcessGroup | None) -> Iterator[None]:
+    """Groups made inside are made when they are first used, and most of xfuser's never are.
+
+    Where the group of all ranks is bound to a device, others are split off it at once, of which xfuser warns.
+    """
+    if everyone is None:
+        yield
+        return
+    bound, everyone.bound_device_id = everyone.bound_device_id, None
+    try:
+        yield
+    finally:
+        everyone.bound_device_id = bound

@@ -35,6 +35,7 @@ from flashtalk_cli.pipeline.streams import Beside, Graphs
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
 FILLING_PX = 448 * 768  # of a latent that keeps a large GPU busy down to the smallest level of the decoder
+ON_CPU = 2  # latents at once: a tenth faster than one, and more would hardly fit its cache
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def step(
         generator,
     )
     mark("noise")
+    at_once = latents_at_once(latents, tiles)
     latents = tiles.cut(latents)
     models.beside.join()
     video, decoder = primed.video, primed.decoder
@@ -169,8 +171,7 @@ def step(
         if sampling.new_frames < sampling.motion_frames
         else []
     )  # else new frames suffice
-    new = latents[:, :, seen:]
-    for piece in in_pieces(new, _latents_at_once(new)):
+    for piece in in_pieces(latents[:, :, seen:], at_once):
         video, decoder = models.vae.decode(piece, decoder, tiles, latents_at_once=piece.shape[2])
         mark("decode")
         video = match_colour(video, conditions.colour, sampling.colour_strength, tiles)
@@ -191,15 +192,14 @@ def in_pieces(latents: Tensor, at_once: int) -> list[Tensor]:
     return [latents[:, :, :1], *pieces]
 
 
-def _latents_at_once(tile: Tensor) -> int:
-    """How many latents of this size are decoded together.
+def latents_at_once(latents: Tensor, tiles: Tiles) -> int:
+    """How many of these latents [B, 16, T, h, w] of the whole picture are decoded together: the same on all ranks.
 
     A small picture, or a rank's tile of a large one, would leave most of a GPU idle at the decoder's small
-    levels, and be over before the next kernel is launched. A CPU takes two: a tenth faster than one, and more
-    would hardly fit its cache.
+    levels, and be over before the next kernel is launched.
     """
-    tile_px = STRIDE_PX**2 * tile.shape[3] * tile.shape[4]
-    return 2 if tile.device.type == "cpu" else max(1, FILLING_PX // tile_px)
+    whole_px = STRIDE_PX**2 * latents.shape[3] * latents.shape[4]
+    return ON_CPU if latents.device.type == "cpu" else max(1, FILLING_PX * tiles.count // whole_px)
 
 
 def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Tensor, t: Tensor) -> Tensor:

@@ -60,10 +60,15 @@ class Graphs:
     everything runs as it is.
 
     before: called before each replay, such as to count the exchanges with other ranks that are in it.
+    agree: whether what is so here is so on any rank. An exchange is recorded by all ranks or by none.
     """
 
-    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
-        self._before = before
+    def __init__(
+        self,
+        before: Callable[[], None] = lambda: None,
+        agree: Callable[[bool], bool] = lambda failed: failed,
+    ) -> None:
+        self._before, self._agree = before, agree
         self._recordings: dict[str, _Recording] = {}
         self.works = True  # nothing failed to be recorded so far
 
@@ -76,19 +81,12 @@ class Graphs:
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         held = self._recordings.get(name)
         if not self.works or held is None or held.given is not given or held.shapes != shapes:
-            self._recordings[name] = _Recording(given, shapes)
+            held = self._recordings[name] = _Recording(
+                given, shapes
+            )  # the old one's memory is free for this call
             return function(*inputs)
-        if held.graph is None:
-            try:
-                _record(held, function, inputs)
-            except RuntimeError as error:
-                self.works = False
-                self._recordings.clear()
-                torch.cuda.synchronize()
-                _log.warning(
-                    "CUDA graphs are left out, %s cannot be recorded: %s", name, str(error).split("\n")[0]
-                )
-                return function(*inputs)
+        if held.graph is None and not self._record(name, held, function, inputs):
+            return function(*inputs)
         assert held.graph is not None
         assert held.output is not None
         torch._foreach_copy_(held.inputs, inputs)
@@ -99,6 +97,23 @@ class Graphs:
     def clear(self) -> None:
         """Give the recordings up: a library whose exchanges are in them cannot end before."""
         self._recordings.clear()
+
+    def _record(
+        self, name: str, held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+    ) -> bool:
+        """Record a function, or leave all recordings where that failed on any rank; whether it was recorded."""
+        reason = "another rank could not record it"
+        try:
+            _record(held, function, inputs)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+        self.works = not self._agree(held.graph is None)
+        if not self.works:
+            held.graph = held.output = None
+            self._recordings.clear()
+            torch.cuda.synchronize()
+            _log.warning("CUDA graphs are left out, %s cannot be recorded: %s", name, reason)
+        return self.works
 
 
 def _record(held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
