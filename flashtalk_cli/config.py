@@ -43,7 +43,7 @@ class Canvas(Frozen):
     width_px: int = Field(448, ge=64, le=4096)
     height_px: int = Field(768, ge=64, le=4096)
     fit: Literal["crop", "pad"] = "crop"
-    background: str = Field("#808080", pattern=r"^#[0-9a-fA-F]{6}$")
+    background: str = Field("#808080", pattern=r"^#[0-9a-fA-F]{6}$", description="#RRGGBB, such as #336699")
 
     @field_validator("width_px", "height_px")
     @classmethod

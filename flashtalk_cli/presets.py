@@ -60,10 +60,11 @@ def names(kind: Kind[Any] = RENDER) -> list[str]:
 def load(name: str, overrides: Sequence[Override] = (), kind: Kind[Loaded] = RENDER) -> Loaded:  # type: ignore[assignment]
     """The preset of that name or in that file, with the overrides applied in order.
 
+    A file that does not say its name is called like itself, and it need not describe itself.
     Raises `ConfigError` for an unknown preset, an unreadable file, an unknown key or a wrong value.
     """
     label, text = _read(name, kind)
-    data = _parse(text, label, kind.schema)
+    data = {"name": Path(name).stem, "description": "", **_parse(text, label, kind.schema)}
     origins = {}
     for override in overrides:
         _put(data, override, kind.schema)
@@ -293,8 +294,10 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _accepted(field: FieldInfo) -> str:
-    """What a field takes, in words."""
-    return " or ".join(_in_words(kind, field.metadata) for kind in _kinds(field.annotation))
+    """What a field takes, in words: its own where it has any."""
+    return field.description or " or ".join(
+        _in_words(kind, field.metadata) for kind in _kinds(field.annotation)
+    )
 
 
 def _in_words(kind: Any, limits: Sequence[object]) -> str:
@@ -311,19 +314,13 @@ def _in_words(kind: Any, limits: Sequence[object]) -> str:
     bounds = {name: value for limit in limits for name, value in _limits(limit).items()}
     if "ge" in bounds and "le" in bounds:
         return f"{text} from {bounds['ge']} to {bounds['le']}"
-    phrases = {
-        "ge": "of at least",
-        "gt": "above",
-        "le": "of at most",
-        "lt": "below",
-        "pattern": "of the form",
-    }
+    phrases = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
     return text + "".join(f" {phrase} {bounds[name]}" for name, phrase in phrases.items() if name in bounds)
 
 
 def _limits(bound: object) -> dict[str, object]:
-    """`ge`, `lt`, `pattern`, ... of a piece of a field's metadata, whatever class carries it."""
-    found = {name: getattr(bound, name, None) for name in ("ge", "gt", "le", "lt", "pattern")}
+    """`ge`, `lt`, ... of a piece of a field's metadata, whatever class carries it."""
+    found = {name: getattr(bound, name, None) for name in ("ge", "gt", "le", "lt")}
     return {name: value for name, value in found.items() if value is not None}
 
 

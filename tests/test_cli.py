@@ -19,7 +19,7 @@ from cli_parts import RENDER, ROOT, RUN, error_line, model_folder
 from PIL import Image
 
 from flashtalk_cli import errors, events, launch, presets
-from flashtalk_cli.cli import request
+from flashtalk_cli.cli import machine, request
 from flashtalk_cli.cli.app import run
 from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import FlashtalkError, WorkerError
@@ -96,6 +96,14 @@ def test_help_of_render_groups_its_options_and_shows_examples(capsys):
         assert word in text
 
 
+def test_help_of_size_has_an_example_for_the_default_and_the_limits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run(["render", "--help"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "WxH" in line]
+    for words in ("from 64 on", "144x160 for mini", "up to 4:1"):
+        assert words in line
+
+
 def test_help_documents_every_exit_code(capsys):
     run(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -162,7 +170,6 @@ def test_a_plain_render(inputs, jobs):
         (["--codec", "libx264"], "encoding.codec", "libx264"),
         (["--crf", "30"], "encoding.crf", 30),
         (["--weights", "random"], "model.weights", "random"),
-        (["--offload"], "compute.offload", True),
         (["--size", "96x128"], "canvas.width_px", 96),
         (["--size", "96x128"], "canvas.height_px", 128),
         (["--size", "auto"], "canvas.width_px", 112),  # 64x96 at 144x144's area
@@ -178,6 +185,12 @@ def test_options_land_in_the_job(inputs, jobs, options, path, value):
     for key in path.split("."):
         found = getattr(found, key)
     assert found == value
+
+
+def test_offload_lands_in_the_job_where_there_may_be_a_gpu(inputs, jobs, monkeypatch):
+    monkeypatch.setattr(machine, "most_gpus", lambda: None)
+    assert run([*RENDER, "--offload", "--device", "auto"]) == 0
+    assert jobs[0].preset.compute.offload
 
 
 def test_the_prepared_sound_does_not_outlive_the_run(inputs, jobs):
@@ -249,6 +262,65 @@ def test_checks_come_in_the_order_of_their_cost(inputs, jobs, capsys):
     assert not jobs
     options = [word for pair in list(arguments.items())[2:] for word in pair]
     assert run(["render", arguments["picture"], arguments["speech"], *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "said"),
+    [
+        (0, ["--preset", "soulx-14b"], "soulx-14b needs a GPU and this machine has none: take --preset mini"),
+        (0, ["--preset", "h200x2-fp8"], "--device cpu"),
+        (0, ["--device", "cuda"], "mini needs a GPU"),
+        (1, ["--preset", "h200x2-fp8"], "needs 2 GPUs, this machine has 1: lower --gpus"),
+        (0, ["--device", "auto", "--set", "precision.dit=fp8"], "--set precision.dit=auto"),
+        (0, ["--device", "auto", "--offload"], "leave it out"),
+    ],
+    ids=str,
+)
+def test_a_machine_that_cannot_run_it_is_told_before_a_model_is_missed(
+    inputs, jobs, monkeypatch, capsys, gpus, options, said
+):
+    """Fault: nobody fetches 55 GB to learn that there is no GPU for them."""
+    monkeypatch.setattr(machine, "most_gpus", lambda: gpus)
+    assert run(["render", "portrait.png", "hello.wav", *options]) == 7
+    assert said in error_line(capsys)
+    assert not jobs
+
+
+@pytest.mark.parametrize("gpus", [None, 2, 8])
+def test_gpus_that_may_be_enough_are_not_doubted(inputs, jobs, monkeypatch, gpus):
+    monkeypatch.setattr(machine, "most_gpus", lambda: gpus)
+    assert run(["render", "portrait.png", "hello.wav", "--preset", "h200x2-fp8", "--weights", "random"]) == 0
+    assert jobs
+
+
+# What is worth a warning, and no reason to end
+
+SLOW = "mini was trained for 144x144; at 512x512 it is slow and hardly speaks: take --preset mini --size auto"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], []),
+        (["--gpus", "2"], []),
+        (["--gpus", "3"], ["3 processes on the 2 cores of this CPU take turns: lower --gpus"]),
+        (["--size", "288x288"], []),
+        (["--size", "512x512"], [SLOW]),
+        (["--size", "512x512", "--model", "model"], []),
+    ],
+    ids=str,
+)
+def test_a_warning_is_a_line_or_an_event(inputs, jobs, monkeypatch, capsys, options, said):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 1})
+    command = ["render", "portrait.png", "hello.wav", *options]
+    assert run(command) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("warning")] == [f"warning: {text}" for text in said]
+    assert run([*command, "--json"]) == 0
+    captured = capsys.readouterr()
+    told = [json.loads(line) for line in captured.out.splitlines()]
+    assert [e["message"] for e in told if e["event"] == "warning"] == said
+    assert captured.err == ""
 
 
 def test_checks_import_no_torch(inputs):

@@ -12,6 +12,8 @@ from cli_parts import error_line, model_folder
 from flashtalk_cli import presets
 from flashtalk_cli.cli import machine
 from flashtalk_cli.cli.app import run
+from flashtalk_cli.errors import DeviceError
+from flashtalk_cli.models.device import choose_device
 
 
 def test_presets_are_listed_also_without_a_subcommand(capsys):
@@ -120,3 +122,42 @@ def test_doctor_survives_a_torch_that_does_not_load(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert "does not load: libcudart" in captured.out
     assert "see torch" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ([], 0),
+        (["dev/null", "dev/nvidiactl", "dev/nvidia-uvm"], 0),
+        (["dev/nvidia0", "dev/nvidia1", "dev/nvidiactl"], 2),
+        (["dev/nvidia3", "proc/driver/nvidia/gpus/0000:01:00.0", "proc/driver/nvidia/gpus/0000:02:00.0"], 2),
+        (["sys/bus/pci/devices/0/vendor=0x10de", "sys/bus/pci/devices/0/class=0x030200"], 1),  # no files yet
+        (["sys/bus/pci/devices/0/vendor=0x10de", "sys/bus/pci/devices/0/class=0x040300"], 0),  # its sound
+        (["sys/bus/pci/devices/0/vendor=0x8086", "sys/bus/pci/devices/0/class=0x030000"], 0),
+        (["sys/bus/pci/devices/0/vendor=0x10de"], 0),
+        (["dev/nvidia0", "dev/kfd"], None),
+        (["dev/dxg"], None),
+        (["dev/nvhost-gpu"], None),
+    ],
+)
+def test_gpus_are_counted_without_torch(tmp_path, files, most):
+    """Contract: never fewer than torch may find; None where these files do not tell."""
+    for file in files:
+        name, _, content = file.partition("=")
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    assert machine.most_gpus(tmp_path) == most
+
+
+def test_the_machines_gpus_are_not_more_than_counted():
+    most = machine.most_gpus()
+    assert most is None or len(machine.probe()["gpus"]) <= most
+
+
+def test_a_gpu_that_torch_does_not_see_is_told_with_a_mend_for_every_command(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        DeviceError, match=r"--device cpu, or --set compute\.device=cpu where a command has no"
+    ):
+        choose_device("cuda")

@@ -104,6 +104,12 @@ def test_an_absent_model_is_told_with_the_places(place: Path) -> None:
     assert "\n" not in line
 
 
+def test_a_file_is_told_not_to_be_a_folder(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "tall.png").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"tall\.png is a file, and a model is a folder; flashtalk models"):
+        find(tmp_path / "tall.png")
+
+
 def test_the_speech_encoder_is_looked_for_in_order(tiny: Path, place: Path, tmp_path: Path) -> None:
     """Given, inside the model's folder, beside it, in the home folder."""
     model = copy(tiny, tmp_path / "models" / "a")

@@ -54,7 +54,11 @@ def planned(place: Path, *lines: dict[str, Any] | str, common: Request | None = 
     [
         ("{", "InputError", "not JSON"),
         ("[1]", "InputError", "not an object but [1]"),
-        ({"picture": "p.png", "speech": "s.wav"}, "InputError", "output is 'missing'"),
+        (
+            {"picture": "p.png", "speech": "s.wav"},
+            "InputError",
+            'key "output" is missing; give at least picture',
+        ),
         ({**GOOD, "speech": 3}, "InputError", "speech is 3; give a text"),
         ({**GOOD, "picture": ""}, "InputError", "picture is ''"),
         ({**GOOD, "sed": 3}, "InputError", "unknown key 'sed'; keys are picture, speech, output, size, seed"),
@@ -70,6 +74,8 @@ def planned(place: Path, *lines: dict[str, Any] | str, common: Request | None = 
         ({**GOOD, "output": "a.txt"}, "OutputError", "cannot write a '.txt' file"),
         ({**GOOD, "output": "none/a.mp4"}, "OutputError", "none does not exist"),
         ({**GOOD, "output": "sub.mp4"}, "OutputError", "sub.mp4: is a folder"),
+        ({**GOOD, "output": "sub"}, "OutputError", "sub: is a folder"),
+        ({**GOOD, "codec": "h266"}, "ConfigError", "unknown codec 'h266'"),
         ({**GOOD, "output": "a" * 300 + ".mp4"}, "OutputError", "name too long"),
         ({**GOOD, "picture": "a" * 300 + ".png"}, "InputError", "name too long"),
         ({**GOOD, "prompt": "\ud800"}, "InputError", "not JSON"),
@@ -108,10 +114,23 @@ def test_options_of_a_line_win_over_those_of_all(place: Path) -> None:
 
 
 @pytest.mark.parametrize("twin", ["a.mp4", "./a.mp4", "sub/../a.mp4"])
-def test_two_lines_with_one_output_stop_the_run(place: Path, twin: str) -> None:
-    """Fault: before anything is looked at; which of the two is right, only the user knows."""
-    with pytest.raises(InputError, match="lines 1 and 2 have the same output"):
-        planned(place, GOOD, {**GOOD, "output": twin, "seed": 1})
+def test_of_lines_with_one_output_the_first_is_rendered(place: Path, twin: str) -> None:
+    """Fault: each other one is named, and costs its own clip alone."""
+    other = {**GOOD, "output": "b.mp4"}
+    found = planned(place, GOOD, {**GOOD, "output": twin, "seed": 1}, other, {**GOOD, "picture": "none"})
+    assert [(clip.line, clip.preset.sampling.seed) for clip in found.clips] == [(1, 42), (3, 42)]
+    assert [(e["line"], e["state"], e["type"]) for e in found.ended] == [
+        (2, "failed", "InputError"),
+        (4, "failed", "InputError"),
+    ]
+    assert all("a.mp4: same output as line 1; give each its own" in e["message"] for e in found.ended)
+
+
+def test_a_twin_fails_also_when_the_first_is_done(place: Path) -> None:
+    """Fault: a manifest run again says the same of its bad line, and does not call it done."""
+    (place / "a.mp4").write_bytes(b"whole")
+    found = planned(place, GOOD, GOOD)
+    assert [(e["line"], e["state"]) for e in found.ended] == [(1, "skipped"), (2, "failed")]
 
 
 def test_what_exists_is_skipped_unless_it_is_to_be_replaced(place: Path) -> None:

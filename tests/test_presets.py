@@ -204,7 +204,7 @@ MISTAKES = [
     ("compute.gpus=many", "compute.gpus is 'many'; accepted: a whole number from 1 to 1024 or all"),
     ("compute.ulysses=0", "compute.ulysses is 0; accepted: a whole number of at least 1 or null"),
     ("compute.device=gpu", "compute.device is 'gpu'; accepted: auto, cpu, cuda"),
-    ("canvas.background=red", "canvas.background is 'red'; accepted: text of the form ^#"),
+    ("canvas.background=red", "canvas.background is 'red'; accepted: #RRGGBB, such as #336699"),
     ("canvas.width_px=100", "--set: canvas.width_px: 100 does not divide by 16"),
     ("sampling.chunk_frames=30", "--set: sampling: chunk_frames 30 is not 1 + a multiple of 4"),
     ("sampling.prompt=" + 'a"' * 3 + "\n", None),  # odd text is still text
@@ -227,7 +227,6 @@ FILES = [
     ("name: x\ndescription: y\nsteps: 4", "unknown key 'steps'; a preset has name"),
     ("name: x\ndescription: y\nsampling: 4", "sampling is 4; accepted: keys and values: steps, shift"),
     ("name: x\ndescription: y\nsampling: {step: 4}", "unknown key 'sampling.step' (did you mean steps?)"),
-    ("name: x", "description is missing"),
     ("name: x\nname: y", "key name is given twice"),
     ("a: b: c", "not valid YAML (line 1, column 5"),
     ("name: 5\ndescription: 6", "name is 5; accepted: text (and 1 more)"),
@@ -244,6 +243,12 @@ def test_mistakes_in_a_file(tmp_path, content, line):
         presets.load(path)
     assert line in str(caught.value)
     assert str(caught.value).startswith(path)
+
+
+def test_a_file_need_not_say_its_name_nor_describe_itself(tmp_path):
+    preset = presets.load(written(tmp_path, "model: {name: soulx-14b}"))
+    assert (preset.name, preset.description, preset.model.name) == ("mine", "", "soulx-14b")
+    assert presets.load(written(tmp_path, "name: x\ndescription: y")).name == "x"
 
 
 def test_overriding_a_section_that_the_file_left_empty_or_spoilt(tmp_path):

@@ -13,7 +13,7 @@ from flashtalk_cli.batch.run import Crew, Record, clip_event
 from flashtalk_cli.cli.batch_display import choose, show_summary
 from flashtalk_cli.cli.display import Display, one_line
 from flashtalk_cli.cli.hosts import check_split
-from flashtalk_cli.cli.machine import probe
+from flashtalk_cli.cli.machine import check_machine, probe
 from flashtalk_cli.cli.manifest import plan
 from flashtalk_cli.cli.request import Request, preset_of
 from flashtalk_cli.config import Compute, Preset
@@ -51,6 +51,8 @@ def _work(
 ) -> list[Clip]:
     """Render clips; those that were not begun because the run was asked to end."""
     first = clips[0].preset
+    if not ray:  # whose cluster may have what this host lacks
+        check_machine(first)
     resolve(first.model.name, first.model.speech_encoder, random=first.model.weights == "random")
     n_replicas = min(replicas, len(clips))
     # Ray first: it would put a handler of its own in the place of ours.

@@ -118,11 +118,13 @@ def _measure(
     from flashtalk_cli import launch, log
     from flashtalk_cli.cli.display import choose
     from flashtalk_cli.cli.hosts import check_split
+    from flashtalk_cli.cli.machine import cautions, check_machine
     from flashtalk_cli.config import BenchJob
-    from flashtalk_cli.events import Event
+    from flashtalk_cli.events import Event, event
     from flashtalk_cli.media.audio import prepare_speech
     from flashtalk_cli.models.folder import resolve
 
+    check_machine(preset)
     model = preset.model
     resolve(model.name, model.speech_encoder, random=model.weights == "random")
     log.setup(debug=debug)
@@ -137,6 +139,8 @@ def _measure(
         speech = prepare_speech(next((_ASSETS / "speech").glob("*.wav")), Path(folder))
         picture = next((_ASSETS / "portraits").glob("*.png"))
         check_split(preset, processes)
+        for text in cautions(preset, processes):
+            display.show(event("warning", message=text))
         display.stage("start", "loading torch")
         job = BenchJob(
             preset=preset, picture=picture, speech=speech, chunks=chunks, launched_unix_s=time.time()

@@ -19,7 +19,7 @@ from flashtalk_cli import events, launch, log
 from flashtalk_cli.cli import restart, title
 from flashtalk_cli.cli.display import Display
 from flashtalk_cli.cli.live_display import choose
-from flashtalk_cli.cli.machine import processes_of
+from flashtalk_cli.cli.machine import cautions, check_machine, processes_of
 from flashtalk_cli.cli.request import preset_of
 from flashtalk_cli.config import Preset, SoundSource, StreamJob
 from flashtalk_cli.errors import OutputError, UsageError
@@ -71,6 +71,8 @@ def fulfil(request: LiveRequest, *, json: bool, debug: bool) -> int:
         job = check(request, stack, display)
         display.stage("control", f"flashtalk ctl --socket {job.control} status")
         processes = processes_of(job.preset.compute)
+        for text in cautions(job.preset, processes):
+            display.show(events.event("warning", message=text))
 
         def start(job: StreamJob, on_event: Callable[[events.Event], None]) -> int:
             display.stage("start", "loading torch")
@@ -103,6 +105,7 @@ def check(request: LiveRequest, stack: ExitStack, display: Display) -> StreamJob
     if request.size == "auto":
         preset = preset.model_copy(update={"canvas": preset.canvas.of_aspect(width_px, height_px)})
     preset = _with_lookahead(preset, source)
+    check_machine(preset)
     if request.restart and preset.live.late == "fail":
         raise UsageError("--restart would start again what --late fail ends: give one of them")
     canvas = preset.canvas

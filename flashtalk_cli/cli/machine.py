@@ -1,10 +1,14 @@
-"""What this machine has of what a render needs, and which preset fits it: the findings of `flashtalk doctor`."""
+"""What this machine has of what a render needs, and which preset fits it: the findings of `flashtalk doctor`.
+
+And what of it can be said before a run, without torch: what cannot go well, and what is worth a warning.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,14 +20,19 @@ from typing import Any, Literal, cast
 
 from flashtalk_cli import __version__, presets
 from flashtalk_cli.cli.hosts import split_of
-from flashtalk_cli.config import Compute, Preset
-from flashtalk_cli.errors import FlashtalkError
+from flashtalk_cli.config import Canvas, Compute, Preset
+from flashtalk_cli.errors import DeviceError, FlashtalkError
 from flashtalk_cli.media.codecs import opens
 from flashtalk_cli.media.ffmpeg import encoders, find_ffmpeg, version
-from flashtalk_cli.models.folder import RELEASED_HEADS, home, list_models
+from flashtalk_cli.models.folder import KNOWN, RELEASED_HEADS, home, list_models
 
 PROBE_S = 120.0  # a cold torch with a GPU driver loads slowly
 LOW_DISK_BYTES = 2e9
+
+FAR_BEYOND = 4  # times the area that the embedded model was trained for: beyond, its mouth stays shut
+# Device files of GPUs that torch may use and that are not counted here: AMD's, WSL's, Jetson's.
+UNCOUNTED_GPUS = {"kfd", "dxg", "nvgpu", "nvhost-gpu", "nvmap"}
+NVIDIA, DISPLAY = "0x10de", "0x03"  # a PCI device's vendor, and how its class begins
 
 VIDEO_ENCODERS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "h264_nvenc", "hevc_nvenc")
 SOUND_ENCODERS = ("aac", "libopus")
@@ -85,6 +94,84 @@ def processes_of(compute: Compute) -> int:
     if compute.gpus != "all":
         return compute.gpus
     return 1 if compute.device == "cpu" else max(1, len(probe().get("gpus", [])))
+
+
+def check_cpu(preset: Preset) -> None:
+    """Whether a preset that runs on a CPU asks for what only a GPU does. Raises DeviceError when it does."""
+    compute = preset.compute
+    if preset.precision.dit == "fp8":
+        problem = "precision.dit fp8 needs a GPU and this run uses the CPU: --set precision.dit=auto"
+    elif compute.attention not in ("auto", "sdpa"):
+        kernel = f"compute.attention {compute.attention}"
+        problem = f"{kernel} needs a GPU and this run uses the CPU: --set compute.attention=auto"
+    elif compute.offload:
+        problem = "--offload saves memory of a GPU and this run uses the CPU: leave it out"
+    else:
+        return
+    raise DeviceError(problem)
+
+
+def check_machine(preset: Preset) -> None:
+    """Whether this machine has the GPUs that a preset needs, as far as that can be told without torch.
+
+    Raises DeviceError when it has not: better than after a model was fetched that cannot run here.
+    """
+    compute, most = preset.compute, most_gpus()
+    if runs_on_cpu(compute):
+        check_cpu(preset)
+    elif compute.device == "cuda" and most == 0:
+        raise DeviceError(
+            f"preset {preset.name} needs a GPU and this machine has none: take --preset mini, which is for a CPU, "
+            "or --device cpu, or --set compute.device=cpu where a command has no --device"
+        )
+    elif most and compute.gpus != "all" and compute.gpus > most:
+        raise DeviceError(
+            f"preset {preset.name} needs {compute.gpus} GPUs, this machine has {most}: lower --gpus"
+        )
+
+
+def runs_on_cpu(compute: Compute) -> bool:
+    """Whether it is certain that a run here uses the CPU."""
+    return compute.device == "cpu" or (compute.device == "auto" and most_gpus() == 0)
+
+
+def most_gpus(root: Path = Path("/")) -> int | None:
+    """At most so many GPUs can torch see here, by what the kernel knows of; None where only torch can tell.
+
+    A driver may make its device files when they are first asked for, and a container may be given a few of the
+    GPUs that it sees on the bus: the largest count is the one that is not exceeded.
+    """
+    files = {path.name for path in (root / "dev").glob("*")}
+    if files & UNCOUNTED_GPUS:
+        return None
+    present = sum(re.fullmatch(r"nvidia\d+", name) is not None for name in files)
+    driven = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    return max(present, driven, sum(map(_is_nvidia_gpu, (root / "sys/bus/pci/devices").glob("*"))))
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = ((device / name).read_text() for name in ("vendor", "class"))
+    except OSError:  # taken away meanwhile
+        return False
+    return vendor.strip() == NVIDIA and kind.startswith(DISPLAY)
+
+
+def cautions(preset: Preset, processes: int) -> list[str]:
+    """What is worth a warning before so many processes run a preset, a line each."""
+    found = []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > cores and runs_on_cpu(preset.compute):
+        found.append(f"{processes} processes on the {cores} cores of this CPU take turns: lower --gpus")
+    model, canvas = preset.model.name, preset.canvas
+    if model in KNOWN and KNOWN[model].repository is None:  # what it was trained for is in its preset
+        own: Canvas = presets.load(model).canvas
+        if canvas.area_px > FAR_BEYOND * own.area_px:
+            found.append(
+                f"{model} was trained for {own.width_px}x{own.height_px}; at {canvas.width_px}x{canvas.height_px} "
+                f"it is slow and hardly speaks: take --preset {model} --size auto"
+            )
+    return found
 
 
 def _program() -> list[Finding]:

@@ -61,13 +61,14 @@ class Plan:
 def plan(manifest: Path, common: Request, progress: Callable[[int, int], None]) -> Plan:
     """Read a manifest and look at all its clips; `common` has the options of all, `progress` hears of each.
 
-    Raises InputError when the manifest cannot be read, is empty, or has two lines with one output.
+    Raises InputError when the manifest cannot be read or is empty.
     """
-    lines, ended = read(manifest, common)
-    _check_outputs_differ(manifest, lines)
+    well_formed, ended = read(manifest, common)
+    lines, twins = _outputs_once(well_formed)
+    ended += twins
     inputs = {
         os.path.realpath(path): line.number
-        for line in lines
+        for line in well_formed
         for path in (line.request.picture, line.request.speech)
     }
     todo = [line for line in lines if common.overwrite or not os.path.isfile(line.output)]
@@ -102,7 +103,7 @@ def read(manifest: Path, common: Request) -> tuple[list[Line], list[Event]]:
             try:
                 lines.append(Line(number, _request(line, folder, common)))
             except FlashtalkError as error:
-                failed.append(event("clip", line=number, state="failed", **_named(error)))
+                failed.append(_failed(number, error))
     if not lines and not failed:
         raise InputError(
             f"{manifest}: has no clips; a line looks like {json.dumps(dict.fromkeys(PATHS, '…'))}"
@@ -121,10 +122,12 @@ def _request(line: str, folder: Path, common: Request) -> Request:
         raise InputError(f"not an object but {line.strip()[:40]}; give at least {', '.join(PATHS)}")
     if unknown := [key for key in given if key not in KEYS]:
         raise InputError(f"unknown key {unknown[0]!r}; keys are {', '.join(KEYS)}")
+    if missing := [key for key in PATHS if key not in given]:
+        raise InputError(f'key "{missing[0]}" is missing; give at least {", ".join(PATHS)}')
     for key in (*PATHS, "size"):
-        value = given.get(key, "" if key in PATHS else common.size or "auto")
+        value = given.get(key, common.size or "auto")
         if not isinstance(value, str) or not value or "\0" in value:
-            raise InputError(f"{key} is {given.get(key, 'missing')!r}; give a text")
+            raise InputError(f"{key} is {value!r}; give a text")
     own: dict[str, tuple[str, Any]] = {
         key: (path, given[key]) for key, path in OPTIONS.items() if given.get(key) is not None
     }
@@ -138,16 +141,19 @@ def _request(line: str, folder: Path, common: Request) -> Request:
     )
 
 
-def _check_outputs_differ(manifest: Path, lines: Sequence[Line]) -> None:
+def _outputs_once(lines: Sequence[Line]) -> tuple[list[Line], list[Event]]:
+    """The lines that are the first with their output, and the failure of each other one."""
     first: dict[str, int] = {}
+    kept: list[Line] = []
+    failed: list[Event] = []
     for line in lines:
-        place = os.path.realpath(line.output)
-        if place in first:
-            raise InputError(
-                f"{manifest}: lines {first[place]} and {line.number} have the same output, {line.output}; "
-                "give each its own"
-            )
-        first[place] = line.number
+        number = first.setdefault(os.path.realpath(line.output), line.number)
+        if number == line.number:
+            kept.append(line)
+        else:
+            problem = InputError(f"{line.output}: same output as line {number}; give each its own")
+            failed.append(_failed(line.number, problem, output=line.output))
+    return kept, failed
 
 
 def _looked_at(line: Line, inputs: dict[str, int]) -> Clip | Event:
@@ -159,7 +165,7 @@ def _looked_at(line: Line, inputs: dict[str, int]) -> Clip | Event:
         seen = look(request)
         check_speech(request.speech)
     except FlashtalkError as error:
-        return event("clip", line=line.number, output=line.output, state="failed", **_named(error))
+        return _failed(line.number, error, output=line.output)
     return Clip(
         line=line.number,
         preset=seen.preset,
@@ -170,5 +176,6 @@ def _looked_at(line: Line, inputs: dict[str, int]) -> Clip | Event:
     )
 
 
-def _named(error: FlashtalkError) -> dict[str, str]:
-    return {"type": type(error).__name__, "message": str(error)}
+def _failed(number: int, error: FlashtalkError, **fields: Path) -> Event:
+    """The event of a line that cannot be rendered."""
+    return event("clip", line=number, state="failed", type=type(error).__name__, message=str(error), **fields)

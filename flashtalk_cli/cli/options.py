@@ -80,7 +80,8 @@ Size = Annotated[
         "--size",
         PERSON,
         "WxH|auto",
-        "Multiples of 16, such as 448x768; auto keeps the picture's shape at the preset's area.",
+        "Multiples of 16 from 64 on, such as 144x160 for mini, 448x768 for soulx-14b; auto keeps the "
+        "picture's shape, up to 4:1, at the preset's area.",
     ),
 ]
 Prompt = Annotated[str | None, option("--prompt", PERSON, "TEXT", "What the person does, in words.")]

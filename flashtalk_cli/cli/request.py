@@ -1,7 +1,7 @@
 """A request to render, from the command line's words to a finished run.
 
 Everything that can be wrong is looked at in the order of what it costs to know, before any
-weight is loaded: preset, output, picture, sound, model. Then the job goes to a worker.
+weight is loaded: preset, output, picture, machine, sound, model. Then the job goes to a worker.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any
 from flashtalk_cli import launch, log
 from flashtalk_cli.cli.display import Display, choose
 from flashtalk_cli.cli.hosts import check_split
-from flashtalk_cli.cli.machine import processes_of
+from flashtalk_cli.cli.machine import cautions, check_cpu, check_machine, processes_of
 from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
 from flashtalk_cli.errors import ConfigError, OutputError
+from flashtalk_cli.events import event
 from flashtalk_cli.media.audio import prepare_speech
 from flashtalk_cli.media.image import load_picture, picture_size
 from flashtalk_cli.media.video_file import check_output
@@ -63,6 +64,8 @@ def fulfil(request: Request, *, json: bool, debug: bool) -> int:
         job = check(request, Path(folder), display)
         hosts, processes = request.hosts, processes_of(job.preset.compute)
         check_split(job.preset, processes * hosts.count)
+        for text in cautions(job.preset, processes):
+            display.show(event("warning", message=text))
         if hosts.index:
             display.stage("host", f"{hosts.index}, and host 0 of {hosts.count} writes the video and reports")
         display.stage("start", "loading torch")
@@ -85,6 +88,7 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
     seen = look(request)
     width_px, height_px = seen.picture_px
     preset = seen.preset
+    check_machine(preset)
     display.stage("picture", f"{request.picture} {width_px}x{height_px}, {_canvas(preset.canvas)}")
     display.stage("sound", str(request.speech))
     with _growth_shown(folder, display):
@@ -148,18 +152,22 @@ def preset_of(
     """The preset with everything that the command line changes in it; options win over --set.
 
     `options`: of each option the preset's dotted key and the value; `size`: WxH, auto or None.
+    Raises ConfigError for what makes no preset, DeviceError for one that asks of the CPU what only a GPU does.
     """
     overrides = [parse_set(text) for text in sets]
     overrides += [Override(path, value, option) for option, (path, value) in options.items()]
     if size is not None and size != "auto":
         overrides += _sides(size)
-    return load(name, overrides)
+    preset: Preset = load(name, overrides)
+    if preset.compute.device == "cpu":
+        check_cpu(preset)
+    return preset
 
 
 def _sides(size: str) -> list[Override]:
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
     if match is None:
-        raise ConfigError(f"--size is {size!r}; accepted: WIDTHxHEIGHT such as 448x768, or auto")
+        raise ConfigError(f"--size is {size!r}; accepted: WIDTHxHEIGHT such as 144x160, or auto")
     keys = ("canvas.width_px", "canvas.height_px")
     return [Override(key, int(side), "--size") for key, side in zip(keys, match.groups(), strict=True)]
 
@@ -173,6 +181,8 @@ def _output(request: Request, preset: Preset) -> Path | None:
     else:
         default = f"{request.speech.stem}-{request.picture.stem}.mp4"
         output = Path(default if request.output is None else request.output).absolute()
+        if os.path.isdir(output):
+            raise OutputError(f"{output}: is a folder; name a file in it, such as {output / default}")
         for given in (request.picture, request.speech):
             with suppress(OSError):  # one of them is not there
                 if output.samefile(given):

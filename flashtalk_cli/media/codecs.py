@@ -9,7 +9,7 @@ from typing import Any
 import ffmpeg
 import numpy as np
 
-from flashtalk_cli.errors import OutputError
+from flashtalk_cli.errors import ConfigError, OutputError
 from flashtalk_cli.media.ffmpeg import cause, encoders, run
 
 GROUP_S = 2  # seconds between key frames: what a killed run may lose
@@ -97,10 +97,10 @@ VIDEO_CODECS = {
     )
 }
 
-ALIASES = {
+ALIASES = {  # of several for one encoder, the first is the one that messages name
     "h264": "libx264",
-    "h265": "libx265",
     "hevc": "libx265",
+    "h265": "libx265",
     "nvenc": "h264_nvenc",
     "vp9": "libvpx-vp9",
     "av1": "libsvtav1",
@@ -110,8 +110,8 @@ ALIASES = {
 def container_of(suffix: str) -> Container:
     """What a file of that suffix is; `OutputError` for one that we do not write."""
     if suffix.lower() not in CONTAINERS:
-        known = ", ".join(CONTAINERS)
-        raise OutputError(f"cannot write a '{suffix}' file; end the output's name in one of {known}")
+        problem = f"cannot write a '{suffix}' file" if suffix else "the output's name has no suffix"
+        raise OutputError(f"{problem}; end its name in one of {', '.join(CONTAINERS)}")
     return CONTAINERS[suffix.lower()]
 
 
@@ -120,7 +120,8 @@ def pick_video_codec(suffix: str, wanted: str, width_px: int = 256, height_px: i
 
     `auto` means libx264 (libvpx-vp9 in WebM): beside the rendering its cost is nothing, and it leaves the
     GPU's memory alone. NVENC is taken when asked for or when there is no libx264, and only if it really
-    opens at this size. Raises `OutputError` for a codec unknown, not compiled in, or not fit for the file.
+    opens at this size. Raises `ConfigError` for an unknown codec, `OutputError` for one not compiled in or not
+    fit for the file.
     """
     suffix = suffix.lower()
     container = container_of(suffix)
@@ -131,11 +132,10 @@ def pick_video_codec(suffix: str, wanted: str, width_px: int = 256, height_px: i
         tried = ", ".join(container.video)
         raise OutputError(f"this ffmpeg has no encoder for {suffix} (tried {tried}); install a full ffmpeg")
     codec = VIDEO_CODECS.get(ALIASES.get(wanted, wanted))
-    fitting = ", ".join(name for name, other in VIDEO_CODECS.items() if suffix in other.suffixes)
     if codec is None:
-        raise OutputError(f"unknown codec '{wanted}'; {suffix} takes auto, {fitting}")
+        raise ConfigError(f"unknown codec '{wanted}'; {suffix} takes {_fitting(suffix)}")
     if suffix not in codec.suffixes:
-        raise OutputError(f"codec {codec.name} does not go into {suffix}, which takes auto, {fitting}")
+        raise OutputError(f"codec {wanted} does not go into {suffix}, which takes {_fitting(suffix)}")
     if codec.name not in encoders():
         raise OutputError(
             f"this ffmpeg has no encoder {codec.name}; use --codec auto or install a full ffmpeg"
@@ -144,6 +144,13 @@ def pick_video_codec(suffix: str, wanted: str, width_px: int = 256, height_px: i
     if refusal is not None:
         raise OutputError(f"{codec.name} does not open here ({refusal}); use --codec auto")
     return codec
+
+
+def _fitting(suffix: str) -> str:
+    """What may be asked of a file of that suffix, by the names that users know."""
+    short = {encoder: alias for alias, encoder in reversed(ALIASES.items())}
+    fitting = [short.get(name, name) for name, codec in VIDEO_CODECS.items() if suffix in codec.suffixes]
+    return ", ".join(["auto", *fitting])
 
 
 def opens(name: str, width_px: int = 256, height_px: int = 256) -> bool:

@@ -15,7 +15,8 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
             f"no CUDA device is visible to torch {torch.__version__}: "
-            "install a driver and a CUDA build of torch, or use --device cpu"
+            "install a driver and a CUDA build of torch, or use --device cpu, "
+            "or --set compute.device=cpu where a command has no --device"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 

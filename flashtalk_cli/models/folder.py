@@ -181,6 +181,8 @@ def find(name_or_path: str | Path, speech_encoder: str | Path | None = None) -> 
     else:
         places = [Path(text).expanduser().absolute(), home() / text]
     path = next((place for place in places if place.is_dir()), None)
+    if path is None and os.path.isfile(places[0]):
+        raise ModelError(f"{places[0]} is a file, and a model is a folder; flashtalk models lists those here")
     if path is None:
         looked = " and ".join(str(place) for place in dict.fromkeys(places))
         if known and known.repository:
