@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,9 +70,9 @@ def tone_windows(count: int = 3) -> windows.Windows:
 @given(seed=st.integers(0, 1000))
 def test_varied_windows_keep_their_labels(seed: int) -> None:
     """Played faster or slower, coloured, with gaps and zeros: labelled frames are where the tone sounds."""
-    samples, labels = windows.vary(tone_windows(), generator(seed), np.random.default_rng(seed))
+    samples, plain, labels = windows.vary(tone_windows(), generator(seed), np.random.default_rng(seed))
     n_frames = labels.sounds.shape[1]
-    assert samples.shape == (3, n_frames * windows.HOP)
+    assert samples.shape == plain.shape == (3, n_frames * windows.HOP)
     loud = rearrange(samples, "n (t s) -> n t s", s=windows.HOP).std(-1)
     spoken = labels.sounds > 0
     agree = ((loud > 0.5) == spoken).float().mean()
@@ -129,6 +130,68 @@ def test_the_speech_encoder_learns_a_tone() -> None:
     drawn = dict(speech.build_trainable(speech.MINI, plan.seed).named_parameters())
     still = [name for name, value in module.named_parameters() if torch.equal(value, drawn[name])]
     assert still in ([], ["masked_spec_embed"])
+
+
+def test_what_was_heard_right_is_to_stay() -> None:
+    """Property: nothing is owed by the same features, nor where they were wrong; a spread's distance costs 1."""
+    kept = torch.randn(2, 9, 4, 6, generator=generator()) * torch.tensor([1.0, 5.0, 1.0, 1.0, 1.0, 1.0])
+    right = torch.ones(2, 9)
+    assert speech.staying_loss(kept, kept, right) == 0
+    moved = kept + kept.std((0, 1))
+    assert speech.staying_loss(moved, kept, right) == pytest.approx(1, abs=0.02)
+    right[:, ::2] = 0
+    only_wrong = torch.where(right[..., None, None] > 0, kept, moved)
+    assert speech.staying_loss(only_wrong, kept, right) == 0
+    assert speech.staying_loss(moved, kept, torch.zeros(2, 9)) == 0
+
+
+def test_a_trained_speech_encoder_goes_on_from_its_features() -> None:
+    """Its weights are the beginning; the more its features are to stay, the nearer it stays."""
+    bank: Any = ToneBank()
+    begun = speech.build_trainable(speech.MINI, seed=3)
+    samples = windows.normalise(torch.randn(1, windows.WINDOW_FRAMES * windows.HOP, generator=generator()))
+
+    def off(staying: float) -> float:
+        plan = replace(speech.TOY, seconds=4.0, fill_s=0.3, rate=1e-3, staying=staying, average=0.0)
+        module, _, lines = speech.train(bank, plan, "cpu", begun.state_dict())
+        assert lines[-1]["step"] >= 2
+        with torch.no_grad():
+            before, after = (
+                features_of(one.eval(), samples, windows.WINDOW_FRAMES) for one in (begun, module)
+            )
+        return float((after - before).square().mean())
+
+    assert 0 < off(100.0) < off(0.0)
+
+
+def revoiced(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A vowel of a voice of 125 Hz whose first resonance is at 700 Hz, three times, and by other throats."""
+    times_s = torch.arange(windows.SAMPLE_RATE_HZ) / windows.SAMPLE_RATE_HZ
+    harmonics = 125.0 * torch.arange(1, 40)
+    loud = torch.exp(-(((harmonics - 700) / 150) ** 2)) + 0.01
+    vowel = (loud[:, None] * torch.sin(2 * math.pi * harmonics[:, None] * times_s)).sum(0)
+    samples = vowel.repeat(3, 1)
+    return samples, windows._revoiced(samples, generator(seed))
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 1000))
+def test_other_throats_keep_pitch_and_loudness(seed: int) -> None:
+    """Property: resonances move by 28 % at most, harmonics stay where they are, and so does what is quiet."""
+    samples, made = revoiced(seed)
+    assert made.shape == samples.shape
+    assert torch.isfinite(made).all()
+    spectra = torch.fft.rfft(made[:, 2000:14_000] * torch.hann_window(12_000), n=16_000).abs()
+    for spectrum in spectra:
+        centre_hz = float((spectrum**2 * torch.arange(len(spectrum))).sum() / (spectrum**2).sum())
+        assert 700 / 1.4 < centre_hz < 700 * 1.4
+    for voice, own in zip(made[:, 2000:14_000], samples[:, 2000:14_000], strict=True):
+        period = windows.SAMPLE_RATE_HZ // 125
+        again = torch.corrcoef(torch.stack([voice[:-period], voice[period:]]))[0, 1]
+        assert again > 0.95 or again < 0.7, "a voice, or a whisper"
+        assert float(voice.std()) == pytest.approx(float(own.std()), rel=0.1)
+    silent = torch.zeros(2, 8000)
+    assert windows._revoiced(silent, generator(seed)).abs().max() < 1e-6
 
 
 # The image encoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flashtalk_cli.distill.people import bank as bank_module
+from flashtalk_cli.distill.people import festival, raster
 from flashtalk_cli.distill.people import head as head_module
-from flashtalk_cli.distill.people import raster
 from flashtalk_cli.distill.people.bank import SpeechBank, disturb, loudness_of
 from flashtalk_cli.distill.people.clips import Drawing, draw_plan, render_clips
 from flashtalk_cli.distill.people.figure import LOWER_LIP, UPPER_LIP
@@ -27,9 +28,17 @@ from flashtalk_cli.distill.people.head import load_head, unit_names
 from flashtalk_cli.distill.people.measure import mouth_opening_from_frames
 from flashtalk_cli.distill.people.perform import FPS, Manner, Performance, articulate, begin_smiling, perform
 from flashtalk_cli.distill.people.person import BACKDROPS, GARMENTS, HAIR_STYLES, PersonSpec
-from flashtalk_cli.distill.people.phonemes import CLASSES, LETTERS, MOUTHS, SHAPES, Sound, spell
+from flashtalk_cli.distill.people.phonemes import (
+    CLASS_OF_LETTER,
+    CLASSES,
+    LETTERS,
+    MOUTHS,
+    SHAPES,
+    Sound,
+    spell,
+)
 from flashtalk_cli.distill.people.render import Clip, Detail
-from flashtalk_cli.distill.people.sentences import ENGLISH, HELD_OUT_ENGLISH, LANGUAGES, draw_sentence
+from flashtalk_cli.distill.people.sentences import ENGLISH, HELD_OUT_ENGLISH, LANGUAGES, OTHERS, draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
 from flashtalk_cli.distill.people.voices import HELD_OUT_FLITE, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
@@ -42,6 +51,13 @@ CLASS = {name: number for number, name in enumerate(CLASSES)}
 needs_voices = pytest.mark.skipif(
     not (shutil.which("flite") and shutil.which("espeak-ng") and shutil.which("ffmpeg")),
     reason="no espeak-ng, flite or ffmpeg",
+)
+FESTIVAL_VOICES = Path("/usr/share/festival/voices")
+needs_festival = pytest.mark.skipif(
+    not (
+        shutil.which("festival") and festival.SPEAKERS.keys() <= {p.name for p in FESTIVAL_VOICES.glob("*/*")}
+    ),
+    reason="no festival, or not all of its voices",
 )
 
 
@@ -355,6 +371,85 @@ def test_held_out_words_and_voices_are_never_trained_on() -> None:
         assert not common
 
 
+def test_held_out_draws_stay_as_they_were_when_voices_are_added() -> None:
+    """Golden: a held-out bank made before can be made again; who trains is in the parts asked for."""
+    drawn = [draw_voice(np.random.default_rng((9, seed, True)), held_out=True) for seed in range(8)]
+    assert [(voice.name, language) for voice, language in drawn] == [
+        ("slt", "en"),
+        ("hi+f2", "hi"),
+        ("slt", "en"),
+        ("sv+f2", "sv"),
+        ("en-gb-scotland+m3", "en"),
+        ("slt", "en"),
+        ("slt", "en"),
+        ("slt", "en"),
+    ]
+    assert [round(voice.pitch, 3) for voice, _ in drawn[:4]] == [0.908, 1.375, 0.884, 1.453]
+    rng = np.random.default_rng(1)
+    train = [draw_voice(rng, held_out=False)[0] for _ in range(2000)]
+    for engine, share in (("flite", 0.3), ("festival", 0.4), ("espeak", 0.3)):
+        assert abs(np.mean([voice.engine == engine for voice in train]) - share) < 0.04
+    assert {voice.name for voice in train if voice.engine == "festival"} == festival.SPEAKERS.keys()
+
+
+@pytest.mark.parametrize("phones", festival.TABLES)
+def test_festival_phones_are_spelt_in_known_letters(phones: str) -> None:
+    """Contract: every phone is one or more sounds we know, and lips and teeth have theirs."""
+    table = festival.TABLES[phones]
+    assert all(letters and set(letters) <= CLASS_OF_LETTER.keys() for letters in table.values())
+    said = {CLASSES[CLASS_OF_LETTER[letter]] for letters in table.values() for letter in letters}
+    assert {"sil", "p", "b", "m", "f"} <= said
+
+
+def test_festival_voices_can_read_what_they_are_given() -> None:
+    """Contract: a voice's language has sentences, and its encoding holds them."""
+    for speaker in festival.SPEAKERS.values():
+        assert speaker.phones in festival.TABLES
+        words = OTHERS.get(speaker.language, "".join(ENGLISH.values()))
+        assert words.encode(speaker.coding).decode(speaker.coding) == words
+
+
+ONE_OF_EACH = tuple({speaker.phones: name for name, speaker in festival.SPEAKERS.items()}.values())
+
+
+@needs_festival
+def test_festival_tables_hold_every_phone_of_the_voices(tmp_path: Path) -> None:
+    """Parity: the phones a voice may say are in its table."""
+    show = "(mapcar (lambda (p) (print (car p))) (cadr (assoc 'phones (PhoneSet.description '(phones)))))"
+    script = tmp_path / "phones.scm"
+    script.write_text("".join(f'(voice_{name})\n(print "voice {name}")\n{show}\n' for name in ONE_OF_EACH))
+    done = subprocess.run(["festival", "--batch", str(script)], capture_output=True, text=True, check=True)
+    said: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        word = line.strip().strip('"')
+        if word.startswith("voice "):
+            phones = said[word.removeprefix("voice ")] = set()
+        elif word:
+            phones.add(word)
+    assert said.keys() == set(ONE_OF_EACH)
+    for name, phones in said.items():
+        assert len(phones) > 30
+        assert not phones - festival.TABLES[festival.SPEAKERS[name].phones].keys()
+
+
+@needs_festival
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_festival_says_when_each_sound_sounds(name: str) -> None:
+    """Property: the sounds cover the samples, pauses are quiet, speed is obeyed."""
+    text = draw_sentence(3, festival.SPEAKERS[name].language)
+    spoken = say(Voice("festival", name, 1.0, 1.1), text)
+    assert all(a.end_s == pytest.approx(b.start_s) for a, b in pairwise(spoken.sounds))
+    assert abs(spoken.sounds[-1].end_s - len(spoken.samples) / 16_000) < 0.1
+    heard: dict[bool, list[float]] = {True: [], False: []}
+    for sound in spoken.sounds:
+        part = spoken.samples[int(sound.start_s * 16_000) : int(sound.end_s * 16_000)]
+        heard[sound.sound == CLASS["sil"]].append(float(np.sqrt((part**2).mean())))
+    assert np.mean(heard[False]) > 4 * np.mean(heard[True])
+    if name != "msu_ru_nsh_clunits":
+        fast = say(Voice("festival", name, 1.25, 1.1), text)
+        assert len(fast.samples) / len(spoken.samples) == pytest.approx(0.8, abs=0.04)
+
+
 @needs_voices
 @pytest.mark.parametrize(
     "voice",
@@ -390,6 +485,7 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_voices
+@needs_festival
 def test_bank_gives_back_what_was_said(small_bank: Path) -> None:
     """Parity: an utterance out of the bank is the spoken one, in place to 10 ms, sounds included."""
     bank = SpeechBank(small_bank, "train")
@@ -404,6 +500,7 @@ def test_bank_gives_back_what_was_said(small_bank: Path) -> None:
 
 
 @needs_voices
+@needs_festival
 def test_drawn_speech_is_of_the_length_asked_and_loud_where_it_speaks(small_bank: Path) -> None:
     """Property: N = T * 640 samples, loudness follows the sounds, disturbed speech keeps its length."""
     bank = SpeechBank(small_bank, "train")
@@ -428,6 +525,7 @@ def test_a_missing_bank_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 @needs_voices
+@needs_festival
 def test_plans_follow_from_their_number(small_bank: Path) -> None:
     """Property: clip n is the same whenever it is drawn, and another than clip n + 1."""
     bank, drawing = SpeechBank(small_bank, "train"), Drawing(32, 32, n_frames=20)

@@ -6,6 +6,10 @@ neighbours, and how loud it is: the readers are thrown away, and what they read 
 features. The windows are those of rendering (8 s, zero mean and unit variance, at times beginning
 with the zeros of a stream's start), brought to the video's frame rate inside the network as
 rendering does it, by the same code.
+
+A motion network knows one speech encoder's features and no others'. So an encoder that is trained further keeps
+the features it had wherever they told the sound right, and learns new voices into them: windows of
+other throats, with noise, are to give what the undisturbed ones gave before.
 """
 
 from __future__ import annotations
@@ -62,9 +66,15 @@ class Plan:
     workers: int = 6
     measured_windows: int = 96
     seed: int = 0
+    readers_steps: int = 300  # of readers alone, before a network that is kept learns on
+    staying: float = 2.0  # weight of what it keeps
 
 
-TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2)
+FINER = Plan(rate=5e-4, warm_up_steps=100)
+"""A trained network further, on other voices."""
+
+
+TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2, readers_steps=2)
 """Nothing is learned at this size; every line is run."""
 
 
@@ -105,6 +115,46 @@ def reading_loss(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> Tensor
     return total / weights.sum()
 
 
+def staying_loss(heard: Tensor, kept: Tensor, right: Tensor) -> Tensor:
+    """How far features [B, T, layers, dim] are from those kept, squared, in units of their spread over the batch,
+    where right [B, T] is 1."""
+    off = ((heard - kept) / (kept.std((0, 1)) + 1e-3)).square().mean((2, 3))
+    return (right * off).sum() / right.sum().clamp_min(1)
+
+
+class Kept:
+    """A network as it was, and readers of it: what is right about its features is to stay."""
+
+    def __init__(self, module: Any, readers: Readers) -> None:
+        self.module = deepcopy(module).eval().requires_grad_(False)
+        self.readers = readers
+
+    def learn(
+        self, pool: WindowPool, plan: Plan, generator: torch.Generator, rng: np.random.Generator
+    ) -> None:
+        """Teach the readers what it hears."""
+        optimizer = torch.optim.Adam(self.readers.parameters(), lr=5e-3)
+        for _ in range(plan.readers_steps):
+            _, plain, labels = vary(pool.draw(plan.batch, generator), generator, rng)
+            loss = reading_loss(self.readers(self.heard(plain, labels)), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    @torch.no_grad()
+    def heard(self, plain: Tensor, labels: Windows) -> Tensor:
+        """Its features of undisturbed samples."""
+        return features_of(self.module, plain, labels.sounds.shape[1])
+
+    def loss(self, heard: Tensor, plain: Tensor, labels: Windows) -> Tensor:
+        """What features of the disturbed samples are off by, weighed by how sure the kept ones are of the true sound."""
+        kept = self.heard(plain, labels)
+        with torch.no_grad():
+            told = self.readers(kept)[0][:, :, -1].softmax(-1)
+            right = told.gather(-1, labels.sounds[..., None])[..., 0]
+        return staying_loss(heard.float(), kept, right)
+
+
 def train(
     bank: SpeechBank,
     plan: Plan,
@@ -114,7 +164,8 @@ def train(
 ) -> tuple[Any, Readers, list[dict[str, float]]]:
     """Trains for `plan.seconds` after drawing; returns the averaged network, its readers, and a log.
 
-    start: weights to begin with; None: drawn ones. save(network, step): called about every minute.
+    start: weights to go on from, whose features are kept; None: drawn ones. save(network, step): called about
+    every minute.
     """
     pool = WindowPool(bank, plan.pool_windows, device, plan.workers, plan.seed)
     module = build_trainable(MINI, plan.seed)
@@ -135,6 +186,9 @@ def train(
     ):
         pool.add()
     log.info("speech: %d windows of 8 s", pool.count)
+    kept = None if start is None else Kept(both.get_submodule("module"), readers)
+    if kept:
+        kept.learn(pool, plan, generator, rng)
     lines: list[dict[str, float]] = []
     began_s = said_s = saved_s = time.monotonic()
     step = 0
@@ -144,10 +198,13 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * rate
-        samples, labels = vary(pool.draw(plan.batch, generator), generator, rng)
+        samples, plain, labels = vary(pool.draw(plan.batch, generator), generator, rng)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
-            read = readers(features_of(module, samples, labels.sounds.shape[1]))
+            heard = features_of(module, samples, labels.sounds.shape[1])
+            read = readers(heard)
         loss = reading_loss(read, labels)
+        if kept:
+            loss = loss + plan.staying * kept.loss(heard, plain, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)

@@ -110,7 +110,7 @@ def train_speech(
 ) -> None:
     """Trains the speech encoder, measures on held-out voices and sentences, and writes all.
 
-    start: weights to begin with.
+    start: weights to go on from, see `speech.train`.
     """
     began_s = time.monotonic()
     spoken, unheard = SpeechBank(bank, "train"), SpeechBank(bank, "held_out")
@@ -187,8 +187,9 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     if given.part == "speech":
+        whole_speech = speech.FINER if given.start else speech.Plan()
         heard = replace(
-            speech.TOY if given.toy else speech.Plan(), fill_s=given.fill_seconds, workers=given.workers
+            speech.TOY if given.toy else whole_speech, fill_s=given.fill_seconds, workers=given.workers
         )
         train_speech(given.bank, given.out, given.seconds, given.device, heard, given.start)
     elif given.part == "measure":

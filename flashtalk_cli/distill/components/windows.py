@@ -1,11 +1,12 @@
 """Windows of speech to learn from: drawn from a bank, kept on the device, and varied.
 
-Voices vary by the bank; on top of it speed and pitch together, colouring of the spectrum, noise,
-gaps and rooms.
+Voices vary by the bank; on top of it speed and pitch together, the throat's resonances, whispering,
+colouring of the spectrum, noise, gaps and rooms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from flashtalk_cli.distill.people.phonemes import SHAPES
 
 WINDOW_FRAMES = 200  # 8 s, what rendering hears at a time
 HOP = SAMPLE_RATE_HZ // FPS
+SPECTRUM, STEP = 512, 128  # samples of a short spectrum, and from one to the next
+THROAT_SAMPLES = 30  # of the cepstrum: a voice's own period is longer, up to 530 Hz
+FAINTEST = 1e-4  # of a window's loudest spectrum; below nothing is told apart
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,12 @@ class WindowPool:
         return Windows(*(kept[which] for kept in vars(self.windows).values()))
 
 
-def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tuple[Tensor, Windows]:
-    """Windows in other voices: samples float32 [N, samples], normalised as rendering does, and labels.
+def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tuple[Tensor, Tensor, Windows]:
+    """Windows in other voices: samples float32 [N, samples], normalised as rendering does; the same without
+    what disturbs them or makes them another's; and labels.
 
-    A batch is played faster or slower as a whole (higher or lower with it), each window through a
-    spectrum of its own, with noise and short gaps, and one in four begins with zeros.
+    A batch is played faster or slower as a whole (higher or lower with it), each window by a throat
+    and through a spectrum of its own, with noise and short gaps, and one in four begins with zeros.
     """
     samples = windows.samples.float() / 32768
     count, total = samples.shape
@@ -114,7 +119,8 @@ def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tu
     ]
     times = ((torch.arange(n_frames, device=device) + 0.5) * speed).long().clamp_max(WINDOW_FRAMES - 1)
     labels = Windows(played, windows.sounds[:, times], windows.shapes[:, times], windows.loudness[:, times])
-    played = _colour(played, generator)
+    plain = played
+    played = _colour(_revoiced(played, generator), generator)
     level = 10 ** (-torch.rand(count, 1, generator=generator, device=device) * 2 - 1.2)
     played = played + torch.randn(played.shape, generator=generator, device=device) * level * played.std(
         1, keepdim=True
@@ -124,7 +130,36 @@ def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tu
     began = torch.linspace(0, 1, played.shape[1], device=device) >= silent
     heard = torch.linspace(0, 1, n_frames, device=device) >= silent
     labels = Windows(played, labels.sounds * heard, labels.shapes * heard[..., None], labels.loudness * heard)
-    return normalise(played * began), labels
+    return normalise(played * began), normalise(plain * began), labels
+
+
+def _revoiced(samples: Tensor, generator: Generator) -> Tensor:
+    """Samples [N, samples] of other throats: resonances up to 28 % higher or lower, and one in eight whispers.
+
+    A spectrum is an envelope, the throat's, times what is too fine for it, the voice's harmonics. The envelope
+    is stretched along the frequencies (as in vocal tract length perturbation, Jaitly and Hinton 2013, where
+    harmonics move too); pitch, timing and loudness stay, so labels do.
+    """
+    count, total = samples.shape
+    device = samples.device
+    window = torch.hann_window(SPECTRUM, device=device)
+    spectrum = torch.stft(samples, SPECTRUM, STEP, window=window, return_complex=True)
+    loud = spectrum.abs()
+    floor = FAINTEST * loud.amax((1, 2), keepdim=True) + 1e-9
+    cepstrum = torch.fft.irfft(loud.clamp_min(floor).log(), dim=1)
+    cepstrum[:, THROAT_SAMPLES : SPECTRUM - THROAT_SAMPLES + 1] = 0
+    envelope = torch.fft.rfft(cepstrum, dim=1).real
+    factor = torch.exp((torch.rand(count, 1, generator=generator, device=device) * 2 - 1) * 0.25)
+    bins = torch.arange(envelope.shape[1], device=device)
+    at = (bins / factor).clamp_max(len(bins) - 1.001)
+    low, part = at.long()[..., None].expand(envelope.shape), (at % 1)[..., None]
+    stretched = torch.lerp(envelope.gather(1, low), envelope.gather(1, low + 1), part)
+    made = spectrum * (stretched - envelope).exp()
+    whispers = torch.rand(count, 1, 1, generator=generator, device=device) < 0.125
+    turn = torch.rand(made.shape, generator=generator, device=device) * (2 * math.pi)
+    made = torch.where(whispers, torch.polar(made.abs(), turn), made)
+    made = torch.istft(made, SPECTRUM, STEP, window=window, length=total)
+    return made * (samples.norm(dim=1, keepdim=True) / (made.norm(dim=1, keepdim=True) + 1e-9))
 
 
 def _colour(samples: Tensor, generator: Generator) -> Tensor:

@@ -40,7 +40,7 @@ PATTERNS = (
     "{ask} {what} {where}?",
     "{say}!",
 )
-OTHERS = {  # language of espeak-ng -> words to be strung together
+OTHERS = {  # language of espeak-ng (and of a festival voice, if it has one) -> words to be strung together
     "de": "der kleine Fuchs|springt über|die grüne Brücke|heute Morgen|vielleicht|ich möchte|einen Apfel und ein Buch|wir fahren nach Hause|schöne Häuser|fünf Bäume|bitte|das Wetter|war gestern furchtbar|meine Schwester|kauft neue Schuhe|warum nicht|jeden Abend|auf dem Tisch",
     "fr": "le petit garçon|mange une pomme|dans le jardin|aujourd'hui|je voudrais|un bon vin blanc|nous partons demain|peut-être|la lune est belle|chez ma grand-mère|beaucoup de monde|il pleut encore|une voiture bleue|à bientôt|où est la gare|vous parlez trop vite|deux heures et demie",
     "es": "la casa blanca|mañana por la tarde|quiero comprar|un vaso de agua|mi hermano pequeño|vive cerca del mar|muchas gracias|no me digas|el perro corre|por favor|siempre llueve aquí|buenos días|una mujer valiente|bebemos juntos|cuatro libros viejos|qué hora es",
@@ -52,8 +52,15 @@ OTHERS = {  # language of espeak-ng -> words to be strung together
     "sv": "den lilla pojken|dricker vatten|i morgon bitti|tack så mycket|god dag|min syster|köper en bok|i trädgården|kanske det|vackert väder|två vita hundar|jag vet inte varför|vi åker hem",
     "hi": "छोटा लड़का|पानी पीता है|कल सुबह|बहुत धन्यवाद|नमस्ते|मेरी बहन|किताब खरीदती है|बगीचे में|शायद|मौसम अच्छा है|मुझे नहीं पता|हम घर जा रहे हैं",
     "ja": "こんにちは|ぼくは みずを のみます|あした いきましょう|ありがとう ございます|いもうとは ほんを かいました|とても きれいな はな|なぜですか|おはよう",
+    "cs": "malý chlapec|pije čistou vodu|zítra brzy ráno|moje babička|peče bábovku|pod velkým stromem|velmi pěkný obraz|dobrý večer|možná přijdeme později|maminka kupuje ovoce|žlutá fialka|v mlze na břehu řeky|dvě bílé ovce|buď zdráv|pověz mi příběh|fouká vítr od moře|pět párů bot|máme hlad",
+    "fi": "pieni poika|juo vettä|huomenna aamulla|kiitos paljon|hyvää päivää|minun äitini|pappa ja mummo|kampaa pitkää tukkaa|leipä on pöydällä|ehkä huomenna sataa|vanha harmaa lampaamme|filmi alkaa kohta|bussi pysähtyy|vihreä omena|söpö pupu hyppii|emme tiedä miksi|yö on lämmin|viisi valkoista venettä",
+    "ca": "el meu germà petit|beu un got d'aigua|demà al matí|moltes gràcies|bon dia a tothom|la meva àvia|compra pomes i peres|damunt la taula|potser plourà|fa bon temps|un home valent|fem una foto|vuit vaixells blaus|la pluja cau a poc a poc|no sé per què|quina hora és|anem cap a casa|pa amb tomàquet",
+    "mr": "माझा लहान भाऊ|पाणी पितो|उद्या सकाळी|खूप आभार|नमस्कार बाबा|माझी आई|पुस्तक वाचते|बागेत फुले आहेत|आंबा गोड आहे|पाऊस पडतो|मामा बाजारात गेला|वारा वाहतो|दोन पांढरे बैल|मला माहीत नाही|आम्ही घरी जातो|भाजी फार महाग आहे|पाच मुले",
+    "te": "మా అమ్మ|పాలు తెచ్చింది|రేపు ఉదయం|చాలా ధన్యవాదాలు|బావ వచ్చాడు|పాప బొమ్మ కావాలి|మామిడి పండు|వాన పడుతోంది|బాబు పాట పాడాడు|మేము ఊరికి వెళ్తాము|పువ్వులు బాగున్నాయి|నమస్కారం|రెండు తెల్ల ఆవులు|నాకు తెలియదు|భోజనం చేద్దాం|గాలి వీస్తోంది|ఐదు పుస్తకాలు",
 }
 LANGUAGES = ("en", *OTHERS)
+# What held-out voices speak: fixed, so that languages added later leave the held-out bank as it is.
+HELD_OUT_LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "pl", "ru", "tr", "sv", "hi", "ja")
 HELD_OUT_WORDS = 3  # the last words of each other language are kept from training
 
 

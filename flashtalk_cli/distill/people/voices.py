@@ -1,6 +1,6 @@
-"""Voices that say when each sound sounds: espeak-ng through its library, flite through its command.
+"""Voices that say when each sound sounds: espeak-ng, through its library, flite and festival.
 
-Both give mono float32 samples at 16 kHz with the sounds aligned to them. They are needed where a
+All give mono float32 samples at 16 kHz with the sounds aligned to them. They are needed where a
 speech bank is made, not where it is used.
 """
 
@@ -20,6 +20,7 @@ import soundfile
 import soxr
 
 from flashtalk_cli.config import SAMPLE_RATE_HZ
+from flashtalk_cli.distill.people import festival
 from flashtalk_cli.distill.people.phonemes import FLITE, Sound, spell
 from flashtalk_cli.errors import InputError
 
@@ -43,6 +44,9 @@ ESPEAK_VARIANTS = (
 )
 HELD_OUT_FLITE = ("slt", "rms")
 HELD_OUT_VARIANTS = ("+f2", "+m3")
+# What part of the voices drawn are flite's and festival's; espeak-ng's are the rest. Flite's and
+# festival's sound human, and a listener learns people from them.
+TRAIN_FLITE_SHARE, TRAIN_FESTIVAL_SHARE, HELD_OUT_FLITE_SHARE = 0.3, 0.4, 0.42
 
 _RETRIEVAL, _PHONEME_EVENTS, _PHONEME_IPA, _UTF8 = 1, 1, 2, 1
 _EVENT_PHONEME, _EVENT_END = 7, 0
@@ -51,7 +55,7 @@ _RATE, _PITCH, _RANGE = 1, 3, 4
 
 @dataclass(frozen=True)
 class Voice:
-    """Who speaks: `engine` espeak or flite, its voice's name, and how fast and high."""
+    """Who speaks: `engine` espeak, flite or festival, its voice's name, and how fast and high."""
 
     engine: str
     name: str
@@ -63,7 +67,7 @@ class Voice:
         """Whether training never hears this voice."""
         if self.engine == "flite":
             return self.name in HELD_OUT_FLITE
-        return self.name.endswith(HELD_OUT_VARIANTS)
+        return self.engine == "espeak" and self.name.endswith(HELD_OUT_VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Utterance:
 
 def say(voice: Voice, text: str) -> Utterance:
     """Speaks a text. Raises InputError when the synthesiser is not installed or fails."""
-    return _say_espeak(voice, text) if voice.engine == "espeak" else _say_flite(voice, text)
+    return _SAY[voice.engine](voice, text)
 
 
 def _at_16_khz(samples: np.ndarray, rate_hz: int) -> np.ndarray:
@@ -103,6 +107,17 @@ def _say_flite(voice: Voice, text: str) -> Utterance:
         phone, _, end = entry.partition(":")
         sounds += spell(FLITE.get(phone, "ə"), start_s, float(end))
         start_s = float(end)
+    return _pitched(Utterance(_at_16_khz(samples, rate_hz), tuple(sounds)), voice.pitch)
+
+
+def _say_festival(voice: Voice, text: str) -> Utterance:
+    samples, rate_hz, phones = festival.speak(voice.name, text, voice.speed)
+    letters = festival.TABLES[festival.SPEAKERS[voice.name].phones]
+    sounds: list[Sound] = []
+    start_s = 0.0
+    for phone, end_s in phones:
+        sounds += spell(letters.get(phone, "ə"), start_s, end_s)
+        start_s = end_s
     return _pitched(Utterance(_at_16_khz(samples, rate_hz), tuple(sounds)), voice.pitch)
 
 
@@ -199,15 +214,26 @@ def _say_espeak(voice: Voice, text: str) -> Utterance:
     return Utterance(_at_16_khz(samples, engine.rate_hz), tuple(sounds))
 
 
+_SAY = {"espeak": _say_espeak, "flite": _say_flite, "festival": _say_festival}
+
+
 def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]:
-    """A voice and the language it speaks, from those of training or from those kept from it."""
-    from flashtalk_cli.distill.people.sentences import LANGUAGES
+    """A voice and the language it speaks, from those of training or from those kept from it.
+
+    The held-out draws never change: the held-out bank is fixed, and its seeds must stay its voices.
+    """
+    from flashtalk_cli.distill.people.sentences import HELD_OUT_LANGUAGES, LANGUAGES
 
     speed, pitch = float(rng.uniform(0.78, 1.25)), float(rng.uniform(0.85, 1.18))
-    if rng.random() < 0.42:
+    share = rng.random()
+    if share < (HELD_OUT_FLITE_SHARE if held_out else TRAIN_FLITE_SHARE):
         names = [name for name in FLITE_VOICES if (name in HELD_OUT_FLITE) == held_out]
         return Voice("flite", str(rng.choice(names)), speed, pitch), "en"
-    language = "en" if rng.random() < 0.45 else str(rng.choice(LANGUAGES[1:]))
+    if not held_out and share < TRAIN_FLITE_SHARE + TRAIN_FESTIVAL_SHARE:
+        name = str(rng.choice(tuple(festival.SPEAKERS)))
+        return Voice("festival", name, speed, pitch), festival.SPEAKERS[name].language
+    languages = HELD_OUT_LANGUAGES if held_out else LANGUAGES
+    language = "en" if rng.random() < 0.45 else str(rng.choice(languages[1:]))
     variants = [v for v in ESPEAK_VARIANTS if (v in HELD_OUT_VARIANTS) == held_out]
     base = str(rng.choice(("en-us", "en", "en-gb-scotland"))) if language == "en" else language
     return Voice("espeak", base + str(rng.choice(variants)), speed, float(rng.uniform(0.4, 1.6))), language
