@@ -28,7 +28,7 @@ ALLOWED = {
     "events": {"errors"},
     "presets": BASE,
     "placement": set(),
-    "launch": {*BASE, "events", "log", "placement"},
+    "launch": {*BASE, "events", "log", "placement", "media"},
     "parallel": BASE,
     "failing": {*BASE, "events", "parallel"},
     "models": {*BASE, "parallel"},
@@ -65,7 +65,6 @@ LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"},
-    "pipeline/cores.py": {"OMP_NUM_THREADS"},
     "placement.py": {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
     "live/control.py": {"XDG_RUNTIME_DIR"},
     "media/live/targets.py": set(),  # the variable that a user names

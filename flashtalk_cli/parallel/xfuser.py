@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashtalk_cli.errors import ConfigError, DeviceError
-from flashtalk_cli.models.attention import HALF_PRECISION
 from flashtalk_cli.parallel.sequence import Attend, UlyssesRing
 
 KERNELS = {"cudnn": "TORCH_CUDNN", "flash": "FA", "sdpa": "TORCH_FLASH"}  # ours: theirs
@@ -45,7 +44,7 @@ class XfuserRing(UlyssesRing):
 
         Raises ConfigError when the tokens do not divide by the ranks, and for float32, which no kernel takes.
         """
-        if q.dtype not in HALF_PRECISION:
+        if q.dtype == torch.float32:
             raise ConfigError(
                 f"compute.engine xfuser attends in half precision, not in {q.dtype}: take torch"
             )

@@ -2,7 +2,8 @@
 
 The threads of one computation wait for each other a thousand times a second. One whose core somebody else
 uses too holds all of them up: on two cores beside one busy program a chunk of the embedded model took 12 s
-with two threads and 1.3 s with one. What is computed is the same, bit for bit.
+with two threads and 1.3 s with one. What is computed is the same, bit for bit. OMP_NUM_THREADS, which
+torch reads, is how many there are at most.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class FreeCores:
 
 
 def free_cores(device: torch.device) -> FreeCores | None:
-    """What fits threads to the machine; None on a GPU, and where OMP_NUM_THREADS says how many to take."""
-    return FreeCores() if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ else None
+    """What fits threads to the machine, up to the number that torch was started with; None on a GPU."""
+    return FreeCores() if device.type == "cpu" else None
 
 
 def _allowed() -> set[int]:
