@@ -11,6 +11,7 @@ all: the others have DYING_S to close what they can. Each rank writes its own lo
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -27,9 +28,19 @@ from types import FrameType
 from typing import Any
 
 from flashtalk_cli import events
-from flashtalk_cli.config import Frozen
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, FlashtalkError, PeerLost, WorkerError, by_name
+from flashtalk_cli.config import Frozen, RenderJob
+from flashtalk_cli.errors import (
+    INTERRUPTED_EXIT_CODE,
+    FlashtalkError,
+    OutputError,
+    PeerLost,
+    WorkerError,
+    by_name,
+)
+from flashtalk_cli.media.part_file import PartFile, part_path
 from flashtalk_cli.placement import Hosts, Share
+
+log = logging.getLogger(__name__)
 
 CLEAN_END_S = 10.0  # what a worker gets to close its file after being asked to end
 DYING_S = 3.0  # what is left of a worker gets after the first error
@@ -122,11 +133,15 @@ def run(
             )
             environment = share.environment(processes)
             worker = _Worker(arguments, stdin, stdout, on_log or _to_stderr, environment)
+            written = _Written(on_event)
             try:
-                last = _follow(worker, listener, requests, on_event, clean_end_s)
+                last = _follow(worker, listener, requests, written.note, clean_end_s)
             finally:
                 worker.kill()
-            return _outcome(worker, last, bool(requests), on_event, hosts, logs)
+            if last is None and requests:
+                on_event(written.left_of(job))
+                return INTERRUPTED_EXIT_CODE
+            return _outcome(worker, last, hosts, logs)
 
 
 class _Worker:
@@ -213,18 +228,46 @@ def _follow(
             worker.kill()
 
 
-def _outcome(
-    worker: _Worker,
-    last: events.Event | None,
-    asked: bool,
-    on_event: Callable[[events.Event], None],
-    hosts: Hosts,
-    logs: Path | None,
-) -> int:
+class _Written:
+    """Passes a worker's events on, and knows what it left should it be killed before it says so."""
+
+    def __init__(self, pass_on: Callable[[events.Event], None]) -> None:
+        self._pass_on = pass_on
+        self._n_frames = 0
+
+    def note(self, happened: events.Event) -> None:
+        """Take an event."""
+        self._n_frames = happened.get("frames_done") or self._n_frames
+        self._pass_on(happened)
+
+    def left_of(self, job: Frozen) -> events.Event:
+        """What the killed worker left of a job, as the event that it would have sent."""
+        if not isinstance(job, RenderJob) or job.output is None:
+            return events.event("interrupted", path=None, frames=self._n_frames)
+        path = part_path(job.output)
+        if not path.exists() or _is_useless(job) or not self._n_frames:
+            return events.event("interrupted", path=None, frames=0)
+        from flashtalk_cli.media.video_file import readable  # takes its time to load
+
+        # Frames that waited for the encoder died with the worker, so what was reported may not be there.
+        return events.event("interrupted", path=path, frames=readable(path)[0])
+
+
+def _is_useless(job: RenderJob) -> bool:
+    """Whether there is nothing in the job's part file, which is then removed. Waits for ffmpeg to end it."""
+    assert job.output is not None
+    try:
+        part = PartFile(job.output, job.overwrite, keep=True)
+    except OutputError as error:  # ffmpeg is still at it, or another run is
+        log.debug("%s", error)
+        return False
+    is_empty = part.is_empty()
+    part.discard() if is_empty else part.release()
+    return is_empty
+
+
+def _outcome(worker: _Worker, last: events.Event | None, hosts: Hosts, logs: Path | None) -> int:
     """The exit code of a run, or the error that it ended with."""
-    if last is None and asked:
-        on_event(events.event("interrupted", path=None, frames=0))
-        return INTERRUPTED_EXIT_CODE
     if last is None and hosts.index > 0 and worker.process.returncode == 0:
         return 0  # host 0 says what came of it
     if last is None:

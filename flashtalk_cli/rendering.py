@@ -258,11 +258,11 @@ def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int)
         for frames in pieces:
             file.write(frames.numpy())
             progress.report(file.frames_written)
+        whole = file.frames_written == job.n_frames
         with worker.ranks.pulse.resting():  # the other ranks may wait for the next clip already
-            kept = file.abort() if file.frames_written < job.n_frames else None
-            path = file.finish() if kept is None else None
-        if path is None:
-            worker.emitter.emit("interrupted", path=kept, frames=file.frames_written)
+            path = file.finish() if whole else file.abort()
+        if not whole:
+            worker.emitter.emit("interrupted", path=path, frames=file.frames_written)
             return INTERRUPTED_EXIT_CODE
     worker.emitter.emit(
         "done",

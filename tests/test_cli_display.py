@@ -71,6 +71,23 @@ def test_any_message_becomes_one_printable_line(text):
 def test_an_interrupted_run_says_what_is_kept():
     kept = events.event("interrupted", path="/tmp/x.mp4.part", frames=56)
     assert display.describe(kept) == "interrupted: 56 frames are kept in /tmp/x.mp4.part"
+    nothing, gone = (events.event("interrupted", path=None, frames=n) for n in (0, 28))
+    assert display.describe(nothing) == "interrupted: nothing was rendered"
+    assert display.describe(gone) == "interrupted: after 28 frames", "to standard output"
+
+
+def test_a_stream_ends_without_a_speed_and_without_an_output_that_it_did_not_have():
+    """A render's speed is its own; a stream takes as long as it lasts, and standard output is only named for one."""
+    stream = {"frames": 303, "duration_s": 12.12, "elapsed_s": None}
+    for fields, text in (
+        ({"path": None, **stream}, "done: 303 frames, 12.12 s of video"),
+        ({"path": "a.mp4", **stream}, "done: a.mp4, 303 frames, 12.12 s of video"),
+        (
+            {"path": None, **stream, "elapsed_s": 6.0},
+            "done: standard output, 303 frames, 12.12 s of video in 6.0 s, 2.02 times real time",
+        ),
+    ):
+        assert display.describe(events.event("done", **fields)) == text
 
 
 def test_every_event_can_be_described():

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from video_parts import frames, opened
 
 from flashtalk_cli import events, launch
-from flashtalk_cli.config import Frozen
+from flashtalk_cli.config import Frozen, RenderJob, Speech
 from flashtalk_cli.errors import FlashtalkError, ModelError, WorkerError
+from flashtalk_cli.media.part_file import PartFile, part_path
+from flashtalk_cli.presets import load
 
 ROOT = Path(__file__).parent.parent
 WORKER = f"""
@@ -77,6 +80,66 @@ def gone(pid: int, within_s: float = 5.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+# What a worker that is killed leaves
+
+
+def render_job(output: Path | None) -> RenderJob:
+    speech = Speech(samples_path=Path("s.raw"), n_samples=16_000, loudness_lufs=None)
+    picture, audio = Path("p.png"), Path("a.wav")
+    return RenderJob(preset=load("mini", []), picture=picture, speech=speech, audio=audio, output=output)
+
+
+def killed(output: Path | None, body: str) -> events.Event:
+    """The last word about a render whose worker does not end in time after the event that `body` emits."""
+    seen: list[events.Event] = []
+    requests: list[int] = []
+
+    def on_event(happened: events.Event) -> None:
+        seen.append(happened)
+        requests.append(signal.SIGINT)
+
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + body + "\ntime.sleep(60)"
+    options = {"command": fake(stubborn), "clean_end_s": 0.2, "requests": requests}
+    assert launch.run(render_job(output), on_event, **options) == 130
+    return seen[-1]
+
+
+CHUNK = 'emitter.emit("chunk", index=0, frames_done=40, frames_total=100)'
+STAGE = 'emitter.emit("stage", name="weights")'
+
+
+def test_a_killed_workers_part_is_named_with_the_frames_in_it(tmp_path):
+    """Of 40 frames that were reported, 12 were still with the encoder."""
+    output = tmp_path / "a.mp4"
+    with opened(output, 100) as video:
+        video.write(frames(28))
+        video.abort()
+    last = killed(output, CHUNK)
+    assert last == {"event": "interrupted", "path": str(part_path(output)), "frames": 28}
+    assert part_path(output).exists()
+
+
+def test_what_a_killed_worker_did_not_write_is_not_its_own(tmp_path):
+    """An earlier run's part stays and is not named; an empty one goes; one that another run holds stays."""
+    output = tmp_path / "a.mp4"
+    nothing = {"event": "interrupted", "path": None, "frames": 0}
+    assert killed(output, CHUNK) == nothing
+    part_path(output).write_bytes(b"of an earlier run")
+    assert killed(output, STAGE) == nothing
+    assert part_path(output).read_bytes() == b"of an earlier run"
+    part_path(output).write_bytes(b"")
+    assert killed(output, STAGE) == nothing
+    assert list(tmp_path.iterdir()) == []
+    other = PartFile(output, overwrite=False)
+    assert killed(output, STAGE) == nothing
+    assert list(tmp_path.iterdir()) == [part_path(output)]
+    other.discard()
+
+
+def test_of_standard_output_only_the_frames_are_said():
+    assert killed(None, CHUNK) == {"event": "interrupted", "path": None, "frames": 40}
 
 
 # How a worker ends

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -150,14 +152,22 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     assert not (tmp_path / "a.mp4").exists()
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    """Fault: no space left: one line that says so, no final name; half a disk is enough without the index copy."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["/bin/mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+@contextmanager
+def small_disk(folder: Path, n_kib: int) -> Iterator[Path]:
+    """A disk of that size, mounted in a new folder."""
+    folder.mkdir()
+    mount = ["/bin/mount", "-t", "tmpfs", "-o", f"size={n_kib}k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount a small disk here")
     try:
+        yield folder
+    finally:
+        subprocess.run(["/bin/umount", str(folder)], check=True)
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """Fault: no space left: one line that says so, no final name; half a disk is enough without the index copy."""
+    with small_disk(tmp_path / "disk", 400) as disk:
         for name in ("a.mp4", "a.mkv"):
             with opened(disk / name, 4000) as video:
                 message = write_until_it_fails(video)
@@ -175,8 +185,103 @@ def test_a_full_disk(tmp_path: Path) -> None:
             assert video.finish() == disk / "b.mp4"
         assert probe(disk / "b.mp4").streams[0].n_frames == 25
         assert sorted(os.listdir(disk)) == ["b.mp4", "filler"]
-    finally:
-        subprocess.run(["/bin/umount", str(disk)], check=True)
+
+
+# In KiB, of which the part takes 99 to 109, and its copy as much again where there is one: what is cut lies in the
+# pictures, in the last sound, in the index at the end, in the copy; and at last there is enough for both.
+SIZES = (60, 92, 96, 100, 104, 108, 150, 200, 216)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".webm"])
+def test_a_disk_that_is_full_at_the_very_end(
+    tmp_path: Path, sound: Path, suffix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: ffmpeg may end with status 0 although its last write failed: what gets its name is whole all the same."""
+    whole = {}
+    for n_kib in SIZES:
+        caplog.clear()
+        with small_disk(tmp_path / f"{n_kib}", n_kib) as disk:
+            output = disk / f"a{suffix}"
+            said = ""
+            try:
+                with opened(output, 63, sound, width_px=32, height_px=32) as video:
+                    video.write(frames(63, side=32))
+                    video.finish()
+            except OutputError as error:
+                said = str(error)
+            whole[n_kib] = not said
+            assert os.listdir(disk) == [f"a{suffix}.part" if said else f"a{suffix}"], n_kib
+            if said:
+                assert re.search(r"No space left on device\); free some space", said), n_kib
+            else:
+                in_step(probe(output), 63, slack_s=PACKET_S)
+            for record in caplog.records:
+                assert record.getMessage().endswith("which plays too: No space left on device"), n_kib
+    assert [*whole.values()] == sorted(whole.values()), whole
+    assert set(whole.values()) == {False, True}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+@pytest.mark.parametrize("n_lost", [3_000, 30_000])
+def test_a_part_that_was_cut_gets_no_name(tmp_path: Path, sound: Path, suffix: str, n_lost: int) -> None:
+    """Fault: whatever ffmpeg and the system say, frames that cannot be read back are missed; the part stays."""
+    output = tmp_path / f"a{suffix}"
+    with opened(output, 63, sound) as video:
+        video.write(frames(63))
+        assert video._feed is not None
+        video._feed.end()
+        part = part_path(output)
+        os.truncate(part, part.stat().st_size - n_lost)
+        with pytest.raises(
+            OutputError, match=r"of 63 frames and .* of 2\.52 s of sound can be read back.*part"
+        ):
+            video.finish()
+    assert part.exists()
+    assert not output.exists()
+
+
+def test_a_copy_that_was_cut_gets_no_name(
+    tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault: the copy with the index in front has status 0 and is not whole: the part gets the name."""
+
+    def cut(stream: object) -> tuple[int, list[str]]:
+        (tmp_path / "a.mp4.part.index").write_bytes(b"no video")
+        return 0, []
+
+    monkeypatch.setattr(video_file, "run", cut)
+    with opened(tmp_path / "a.mp4", 28, sound) as video:
+        video.write(frames(28))
+        video.finish()
+    in_step(probe(tmp_path / "a.mp4"), 28, slack_s=PACKET_S)
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "sound.wav"]
+    assert "0 of 28 frames" in caplog.text
+
+
+def test_what_an_earlier_run_left_is_moved_aside(
+    tmp_path: Path, sound: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Contract: a part is never written over: it goes only when the run that moved it is whole, and that is said."""
+    output = tmp_path / "a.mp4"
+    for n_frames in (10, 28, 0):
+        with opened(output, 101, sound) as video:
+            if n_frames:
+                video.write(frames(n_frames))
+            video.abort()
+    assert probe(tmp_path / "a.mp4.part.1").video.n_frames == 10  # type: ignore[union-attr]
+    assert probe(tmp_path / "a.mp4.part.2").video.n_frames == 28  # type: ignore[union-attr]
+    assert not part_path(output).exists(), "nothing was written to the third"
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.partition("kept as ")[2].split()[0] for text in told] == [
+        f"{output}.part.1",
+        f"{output}.part.2",
+    ]
+    part_path(output).write_bytes(b"of a third")
+    with opened(output, 5) as video:
+        assert (tmp_path / "a.mp4.part.3").read_bytes() == b"of a third"
+        video.write(frames(5))
+        video.finish()
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "a.mp4.part.1", "a.mp4.part.2", "sound.wav"]
 
 
 def test_the_reader_of_standard_output_goes_away(sound: Path) -> None:
@@ -212,7 +317,7 @@ def wait_until_unlocked(output: Path) -> None:
 
 
 def copy_before_lock(output: Path) -> Path:
-    """The part as it lies there: taking its lock would empty it."""
+    """The part as it lies there: taking its lock would move it aside."""
     copy = output.with_name("copy")
     copy.write_bytes(part_path(output).read_bytes())
     return copy

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stream_parts import STATUS
 
-from flashtalk_cli.errors import UsageError
+from flashtalk_cli.errors import FlashtalkError, InputError, UsageError
 from flashtalk_cli.live import control
 from flashtalk_cli.live.control import Control, ask, check_control
 from flashtalk_cli.live.status import prometheus
@@ -25,6 +25,8 @@ def socket_path(tmp_path) -> Path:
 def refuse(request: dict) -> dict:
     if request.get("command") == "crash":
         raise RuntimeError("boom")
+    if request.get("command") == "picture":
+        raise InputError("no.png: there is no such file")
     if request.get("command") != "status":
         raise UsageError("commands are: status")
     return {"state": "idle"}
@@ -36,8 +38,11 @@ def test_the_control_socket_is_its_owners_alone_and_gone_afterwards(socket_path)
         assert ask(socket_path, {"command": "status"}) == {"state": "idle"}
         with pytest.raises(UsageError, match="commands are"):
             ask(socket_path, {"command": "dance"})
-        with pytest.raises(UsageError, match="internal error RuntimeError"):
+        with pytest.raises(FlashtalkError, match="internal error RuntimeError") as crashed:
             ask(socket_path, {"command": "crash"})
+        assert crashed.value.exit_code == 1
+        with pytest.raises(InputError, match=r"^no\.png: there is no such file$"):
+            ask(socket_path, {"command": "picture"})
     assert not socket_path.exists()
     with pytest.raises(UsageError, match="no stream listens"):
         ask(socket_path, {"command": "status"})

@@ -254,19 +254,19 @@ def _live_line(happened: events.Event) -> str:
 
 
 def _done_line(happened: events.Event) -> str:
-    where = happened.get("path") or "standard output"
+    path, elapsed_s = happened.get("path"), happened.get("elapsed_s")
     if happened.get("frames") is None:  # no video: something that was trained or measured
-        if happened.get("path") is None:
-            return f"done: {clock(happened.get('elapsed_s') or 0.0)}"
-        return f"done: {where}, {clock(happened.get('elapsed_s') or 0.0)}"
-    return f"done: {where}, {_made(happened)}"
+        return f"done: {f'{path}, ' if path else ''}{clock(elapsed_s or 0.0)}"
+    if elapsed_s is None:  # a stream, which takes as long as it lasts; it has said where it went
+        return f"done: {f'{path}, ' if path else ''}{_made(happened)}"
+    return f"done: {path or 'standard output'}, {_made(happened)}"
 
 
 def _made(happened: events.Event) -> str:
     """How much video, and how fast."""
     duration_s, elapsed_s = happened.get("duration_s") or 0.0, happened.get("elapsed_s") or 0.0
-    speed = f", {duration_s / elapsed_s:.2f} times real time" if elapsed_s else ""
-    return f"{happened['frames']} frames, {duration_s:.2f} s of video in {elapsed_s:.1f} s{speed}"
+    speed = f" in {elapsed_s:.1f} s, {duration_s / elapsed_s:.2f} times real time" if elapsed_s else ""
+    return f"{happened['frames']} frames, {duration_s:.2f} s of video{speed}"
 
 
 def clip_line(happened: events.Event) -> str:
@@ -281,7 +281,8 @@ def clip_line(happened: events.Event) -> str:
 
 def _interrupted_line(happened: events.Event) -> str:
     if not happened.get("path"):
-        return "interrupted: nothing was rendered"
+        n_frames = happened.get("frames")
+        return f"interrupted: after {n_frames} frames" if n_frames else "interrupted: nothing was rendered"
     if happened.get("frames") is None:
         return f"interrupted: what was done is kept in {happened['path']}"
     return f"interrupted: {happened['frames']} frames are kept in {happened['path']}"

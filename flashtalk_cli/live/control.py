@@ -6,7 +6,9 @@
 {"command": "prompt", "text": "..."}             from the next chunk on
 {"command": "picture", "path": "/..."}           from the next chunk on
 {"command": "stop"}                              finish and end
-                                              -> {"ok": false, "error": "one line"}
+                                              -> {"ok": false, "error": "one line", "type": "InputError"}
+
+`type` is a class of errors.py, whose exit code `flashtalk ctl` then ends with.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from flashtalk_cli.errors import FlashtalkError, UsageError
+from flashtalk_cli.errors import FlashtalkError, UsageError, by_name
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def find_socket() -> Path:
 
 
 def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Send a request and return its answer. `UsageError` when nobody answers, or the answer is a refusal."""
+    """Send a request and return its answer. `UsageError` when nobody answers; a refusal as its own class."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
             line.settimeout(ANSWER_S)
@@ -84,7 +86,7 @@ def ask(path: Path, request: dict[str, Any]) -> dict[str, Any]:
             f"{path}: no stream listens here ({reason}); flashtalk stream prints its socket"
         ) from None
     if not answer.pop("ok", False):
-        raise UsageError(str(answer.get("error", "refused")))
+        raise by_name(str(answer.get("type")))(str(answer.get("error", "refused")))
     return dict(answer)
 
 
@@ -171,15 +173,19 @@ class _Connection(socketserver.StreamRequestHandler):
             if not isinstance(request, dict):
                 raise ValueError
         except (ValueError, RecursionError):
-            return {"ok": False, "error": "not a line with a JSON object"}
+            return _refusal(UsageError("not a line with a JSON object"))
         assert isinstance(self.server, _Server)
         try:
             return {"ok": True, **self.server.handle(request)}
         except FlashtalkError as error:
-            return {"ok": False, "error": str(error)}
+            return _refusal(error)
         except Exception as error:
             log.exception("a control command failed")
-            return {"ok": False, "error": f"internal error {type(error).__name__}: {error}"}
+            return _refusal(FlashtalkError(f"internal error {type(error).__name__}: {error}"))
+
+
+def _refusal(error: FlashtalkError) -> dict[str, Any]:
+    return {"ok": False, "error": str(error), "type": type(error).__name__}
 
 
 def _unfit(path: Path, error: OSError) -> UsageError:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtalk_cli.config import StreamJob
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, UsageError
+from flashtalk_cli.config import SoundSource, StreamJob
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, UsageError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.control import Control
@@ -23,12 +24,15 @@ from flashtalk_cli.live.ending import Ending, heard_at_once, on_request, outlive
 from flashtalk_cli.live.inputs import open_source
 from flashtalk_cli.live.loop import DRAIN_S, Loop, Manners
 from flashtalk_cli.live.pacing import Rules
-from flashtalk_cli.live.sources import Source
+from flashtalk_cli.live.sources import Source, ffmpeg_input
 from flashtalk_cli.live.stage import ModelPerformer, Stage
 from flashtalk_cli.live.status import status_of
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
 from flashtalk_cli.live.web import Web
+from flashtalk_cli.media.ffmpeg import cause, command
 from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.media.live.recording import check_folder
+from flashtalk_cli.media.live.statistics import SinkStatistics
 from flashtalk_cli.media.live.targets import Target, parse_target
 
 if TYPE_CHECKING:  # it dispatches to this module
@@ -39,6 +43,7 @@ log = logging.getLogger(__name__)
 STATUS_EVERY_S = 1.0
 SERVERS = ("rtmp", "srt", "whip")  # outputs that know whether somebody takes what is sent
 BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
+DEVICE_S = 5.0  # what a microphone gets to give its first sound, or to fail
 STOP_S, END_S = 1.5, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
 
 
@@ -51,6 +56,8 @@ def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -
 
     with heard_at_once(stop):
         with outlived(stop, 0.0, not_yet_on_air):
+            if worker.ranks.leads and not job.restarts:
+                check_first_start(job)
             stage = Stage(worker)
             _warm_up(worker, stage)
             performer = ModelPerformer(worker, stage) if worker.ranks.leads else None
@@ -62,19 +69,53 @@ def stream(worker: Worker, job: StreamJob, stop: threading.Event, stdout: int) -
     return code
 
 
+def check_first_start(job: StreamJob) -> None:
+    """What holds for a stream that begins, and not for one that goes on, before any weight is loaded.
+
+    `OutputError` for a folder with another stream in it, unless it is to be overwritten; `InputError` for a
+    microphone that is not there. One that goes away later is waited for.
+    """
+    for kind, place in job.targets:
+        if kind == "hls":
+            check_folder(Path(place), job.overwrite)
+    if job.source.kind == "microphone":
+        _check_microphone(job.source)
+
+
+def _check_microphone(source: SoundSource) -> None:
+    words = command(ffmpeg_input(source).output("-", format="null", map="0:a:0", t=0.1))
+    try:
+        tried = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEVICE_S)
+    except subprocess.TimeoutExpired:  # it is there, and silent
+        return
+    if tried.returncode:
+        lines = tried.stderr.decode(errors="replace").splitlines()
+        raise InputError(
+            f"{source.where or 'the microphone'}: no sound can be had from it "
+            f"({cause(tried.returncode, lines)}); plug one in, or name another with --audio mic:DEVICE"
+        )
+
+
 def _warm_up(worker: Worker, stage: Stage) -> None:
     """Make what is slow the first time, and time it the second."""
     worker.emitter.emit("stage", name="warm", detail="two chunks, which nobody sees")
     stage.warm_up()
     began_s = time.perf_counter()
     stage.warm_up()
-    speed = worker.preset.sampling.new_s / (time.perf_counter() - began_s)
-    if speed < 1:
-        worker.emitter.emit(
-            "warning",
-            message=f"this machine makes {speed:.2f} s of video in a second: frames will be repeated; "
-            "use fewer --steps, a smaller --size, or more --gpus",
-        )
+    took_s, lasts_s = time.perf_counter() - began_s, worker.preset.sampling.new_s
+    if took_s > lasts_s:
+        worker.emitter.emit("warning", message=slow(took_s, lasts_s, worker.device.type == "cuda"))
+
+
+def slow(took_s: float, lasts_s: float, on_gpus: bool) -> str:
+    """What to say of a chunk that took longer to make than to show: one is no measure of those to come."""
+    mend = (
+        "fewer --steps, a smaller --size or more --gpus" if on_gpus else "fewer --steps or a smaller --size"
+    )
+    return (
+        f"a chunk of {lasts_s:.2f} s took {took_s:.2f} s to make beforehand: "
+        f"if that goes on, frames are shown twice; {mend} would help"
+    )
 
 
 def rules_of(job: StreamJob) -> Rules:
@@ -95,7 +136,6 @@ def lead(
 ) -> int:
     """The stream on rank 0, once the model is warm."""
     emitter, clock, rules = worker.emitter, Clock(), rules_of(job)
-    started_s = time.perf_counter()
 
     def warn(message: str) -> None:
         emitter.emit("warning", message=message)
@@ -127,12 +167,13 @@ def lead(
                 limit_s = STOP_S if stop.is_set() else END_S
                 warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
             stack.close()
+            emitter.emit("stage", name="sent", detail=_sent(encoder.statistics(), delivery.repeated_frames))
             emitter.emit(
                 "done",
                 path=next((target.path for target in targets if target.kind == "file"), None),
                 frames=delivery.sent_frames,
                 duration_s=delivery.sent_frames / rules.fps,
-                elapsed_s=time.perf_counter() - started_s,
+                elapsed_s=None,  # as long as it lasts: a rate of it would count the start and the tail
             )
 
         sent = False
@@ -185,6 +226,12 @@ class Commands:
                     "commands are status, interrupt, mute, unmute, prompt with a text, picture with a path, stop"
                 )
         return {}
+
+
+def _sent(sinks: Sequence[SinkStatistics], repeated_frames: int) -> str:
+    """Where a stream went, and whether it was on time."""
+    where = ", ".join(f"{sink.shown} ({sink.frames_sent} frames)" for sink in sinks)
+    return f"{where}; {f'{repeated_frames} frames were shown twice' if repeated_frames else 'in real time'}"
 
 
 def _encoder(

@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import time
+from itertools import count
 from pathlib import Path
 
 from flashtalk_cli.errors import OutputError
@@ -48,10 +49,11 @@ def check_writable(output: Path, overwrite: bool) -> None:
 
 
 class PartFile:
-    """The empty part file of an output, held by us; a dead run's is taken over, a living one's is not.
+    """The empty part file of an output, held by us; a living run's is never taken.
 
-    `descriptor` holds the lock: a child that inherits it keeps the lock as long as it lives. With `keep`, what
-    the dead run wrote stays in it.
+    What a dead run left in its part file is moved aside, to the first free of NAME.part.1, NAME.part.2, …, until
+    the output is whole; with `keep` it stays, and is held. `descriptor` holds the lock: a child that inherits it
+    keeps the lock as long as it lives.
     """
 
     def __init__(self, output: Path, overwrite: bool, *, keep: bool = False) -> None:
@@ -59,24 +61,12 @@ class PartFile:
         self.output = output
         self.path = part_path(output)
         self._overwrite = overwrite
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.descriptor = os.open(self.path, flags, 0o666)
-        except OSError as error:
-            raise OutputError(
-                f"{shown(self.path)}: cannot be written ({error.strerror}); choose another folder or name"
-            ) from None
-        try:
-            _lock(self.descriptor)
-        except BlockingIOError:
-            os.close(self.descriptor)
-            raise OutputError(
-                f"{shown(self.path)}: another run is writing it; wait for it or choose another name"
-            ) from None
-        except OSError:
-            log.debug("this file system has no locks: %s", self.path)
-        if not keep:
-            os.ftruncate(self.descriptor, 0)
+        self._aside: Path | None = None  # what a dead run left
+        self.descriptor = _held(self.path)
+        if not keep and not self.is_empty():
+            self._aside = _move_aside(self.path)
+            self.release()
+            self.descriptor = _held(self.path)
 
     @property
     def held(self) -> bool:
@@ -108,6 +98,8 @@ class PartFile:
                 f"{shown(self.output)}: {error.strerror}; the video is in {shown(self.path)}"
             ) from None
         self.discard()
+        if self._aside is not None:
+            self._aside.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the part file and let go of it."""
@@ -119,6 +111,45 @@ class PartFile:
         if self.held:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def _held(path: Path) -> int:
+    """A descriptor of the part file at `path`, which is made if need be, with its lock."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        _lock(descriptor)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(
+            f"{shown(path)}: another run is writing it; wait for it or choose another name"
+        ) from None
+    except OSError:
+        log.debug("this file system has no locks: %s", path)
+    return descriptor
+
+
+def _move_aside(path: Path) -> Path:
+    """Give what a dead run left a free name, which is returned, and say so."""
+    for number in count(1):
+        kept = path.with_name(f"{path.name}.{number}")
+        try:
+            _rename_to_free(path, kept)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(path, error) from None
+        log.warning(
+            "%s of a run that was cut off is kept as %s until the new one is whole", shown(path), shown(kept)
+        )
+        return kept
+    raise AssertionError("there is no end of names")
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{shown(path)}: cannot be written ({error.strerror}); choose another folder or name")
 
 
 def _lock(descriptor: int) -> None:

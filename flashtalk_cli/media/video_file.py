@@ -7,8 +7,12 @@ into a form with the index in front, and only then does the file get its name.
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import subprocess
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +24,7 @@ from flashtalk_cli.config import Encoding
 from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.codecs import GROUP_S, Container, VideoCodec, container_of, pick_video_codec
 from flashtalk_cli.media.feed import FfmpegFeed
-from flashtalk_cli.media.ffmpeg import cause, command, file_input, run
+from flashtalk_cli.media.ffmpeg import Reading, cause, command, file_input, run
 from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.part_file import PartFile, check_writable
 from flashtalk_cli.media.soundtrack import Soundtrack
@@ -29,6 +33,10 @@ log = logging.getLogger(__name__)
 
 STDOUT_SUFFIX = ".mp4"  # what goes to standard output, fragmented
 ABORT_S = 20.0  # for the encoder to write what it holds
+LOST_S = (
+    0.05  # of sound that is missing at the end and says that the file was cut; encoders pad, and lose none
+)
+FULL_BYTES = 1 << 20  # a disk with less to give is full
 
 # bt709 in limited range is what every player assumes; said three times, because the scaler, the frames
 # and the encoder each look at their own copy.
@@ -96,6 +104,7 @@ class VideoFile:
         self._frame_shape = (height_px, width_px, 3)
         self._fps = fps
         self._n_frames = n_frames
+        self._sound_s = n_frames / fps if audio is not None else 0.0
         self.frames_written = 0
         options: dict[str, Any] = {"vf": TO_YUV, "g": fps * GROUP_S, **COLOUR}
         options |= codec.options(encoding.crf, _suffix(output))
@@ -144,19 +153,21 @@ class VideoFile:
         self.frames_written += len(frames)
 
     def finish(self) -> Path | None:
-        """All frames were written: end the file and give it its name, which is returned (None for stdout)."""
+        """All frames were written: end the file and give it its name, which is returned (None for stdout).
+
+        Raises `OutputError` when not all of them can be read back; the part then stays.
+        """
         assert self._feed is not None, "already finished or aborted"
         assert self.frames_written == self._n_frames, (self.frames_written, self._n_frames)
-        status = self._feed.end()
-        if status != 0 or not self._feed.took_everything():
-            raise self._failure(self._feed.cause())
+        status, why = self._feed.end(), self._feed.cause()
+        if status != 0 or not self._feed.took_everything() or _known([why]):
+            raise self._failure(why)
+        if self._part is not None and (missing := self._missing(self._part.path)):
+            raise self._failure(missing)
         self._feed = None
         if self._part is None:
             return None
-        if not self._container.remuxed:
-            self._part.publish(self._part.path)
-            return self._output
-        whole = _with_index_in_front(self._part.path, self._container, self._n_frames / self._fps)
+        whole = self._with_index_in_front() if self._container.remuxed else self._part.path
         try:
             self._part.publish(whole)
         finally:
@@ -195,9 +206,50 @@ class VideoFile:
             return None
         return self._part.path
 
+    def _missing(self, path: Path) -> str:
+        """What the file lacks, in a few words; nothing when it is whole.
+
+        ffmpeg's word is not enough: version 5 ends with status 0 although its last write failed.
+        """
+        n_frames, sound_s = readable(path)
+        if n_frames == self._n_frames and sound_s > self._sound_s - LOST_S:
+            return ""
+        sound = f" and {sound_s:.2f} of {self._sound_s:.2f} s of sound" if self._sound_s else ""
+        return f"{n_frames} of {self._n_frames} frames{sound} can be read back"
+
+    def _with_index_in_front(self) -> Path:
+        """Copy the streams into a plain file that starts to play before it is read whole, beside the part.
+
+        When that fails, for example for want of space, the part itself will do: it is whole and plays. The last
+        packet of sound, up to 64 ms of which is padding, is said to end with the frames, as newer encoders say.
+        """
+        assert self._part is not None
+        part = self._part.path
+        whole = part.with_name(part.name + ".index")
+        # The encoder's delay makes sound start before 0; these two keep it there instead of moving the picture.
+        source = file_input(part, copyts=None)
+        options: dict[str, Any] = {"c": "copy", "movflags": "+faststart", "avoid_negative_ts": "disabled"}
+        duration_s = self._n_frames / self._fps
+        options["bsf:a"] = f"setts=duration=min(DURATION\\,max(1\\,{duration_s:.6f}/TB-PTS))"
+        try:
+            copying = source.output(f"file:{whole}", format=self._container.muxer, map=0, **options)
+            status, lines = run(copying)
+            missing = cause(status, lines) if status else self._missing(whole)
+            if not missing:
+                return whole
+            why = _known(lines) or missing
+            log.warning("%s stays a fragmented file, which plays too: %s", shown(part), why)
+        except BaseException:
+            whole.unlink(missing_ok=True)
+            raise
+        whole.unlink(missing_ok=True)
+        return part
+
     def _failure(self, why: str) -> OutputError:
-        """ffmpeg ended too soon."""
+        """ffmpeg ended too soon, or what it wrote was cut."""
         name = "standard output" if self._output is None else shown(self._output)
+        if not _known([why]) and self._disk_is_full():
+            why = os.strerror(errno.ENOSPC)
         mend = next((mend for sign, mend in MENDS.items() if sign in why), "flashtalk doctor checks ffmpeg")
         if self._output is None and ("Broken pipe" in why or "SIGPIPE" in why):
             mend = "the program that reads it went away"
@@ -206,29 +258,39 @@ class VideoFile:
         progress = f"{self.frames_written} of {self._n_frames} frames"
         return OutputError(f"{name}: ffmpeg ended after {progress} ({why}); {mend}{rest}")
 
+    def _disk_is_full(self) -> bool:
+        """Whether the part's disk has nothing left to give."""
+        if self._part is None:
+            return False
+        disk = os.fstatvfs(self._part.descriptor)
+        return disk.f_bavail * disk.f_frsize < FULL_BYTES
+
+
+def readable(path: Path) -> tuple[int, float]:
+    """How many frames a file that we wrote gives back, and the end of its sound in seconds (0: no sound).
+
+    Its packets are read, not decoded, which takes as long as reading the file does; a cut one does not count.
+    """
+    n_frames, end, time_base = 0, 0, Fraction(1)
+    source = file_input(path, fflags="+discardcorrupt", copyts=None)
+    # Lines `stream, dts, pts, duration, size, checksum`, and in the header `#tb stream: 1/RATE`.
+    with Reading(source.output("-", format="framecrc", map=0, c="copy")) as reading:
+        for line in reading.stdout:
+            if line.startswith(b"0,"):
+                n_frames += 1
+            elif line.startswith(b"1,"):
+                words = line.split(b",")
+                end = int(words[2]) + int(words[3])
+            elif line.startswith(b"#tb 1:"):
+                time_base = Fraction(line.split(b":")[1].decode().strip())
+    return n_frames, float(end * time_base)
+
+
+def _known(lines: Sequence[str]) -> str:
+    """The cause that ffmpeg gave, if it is one that we have a mend for: it is not always in the last line."""
+    known = [line for line in lines if any(sign in line for sign in MENDS)]
+    return known[0].rpartition(": ")[2] if known else ""
+
 
 def _suffix(output: Path | None) -> str:
     return STDOUT_SUFFIX if output is None else output.suffix.lower()
-
-
-def _with_index_in_front(part: Path, container: Container, duration_s: float) -> Path:
-    """Copy the streams into a plain file that starts to play before it is read whole, beside the part.
-
-    When that fails, for example for want of space, the part itself will do: it is whole and plays. The last
-    packet of sound, up to 64 ms of which is padding, is said to end with the frames, as newer encoders say.
-    """
-    whole = part.with_name(part.name + ".index")
-    # The encoder's delay makes sound start before 0; these two keep it there instead of moving the picture.
-    source = file_input(part, copyts=None)
-    options: dict[str, Any] = {"c": "copy", "movflags": "+faststart", "avoid_negative_ts": "disabled"}
-    options["bsf:a"] = f"setts=duration=min(DURATION\\,max(1\\,{duration_s:.6f}/TB-PTS))"
-    try:
-        status, lines = run(source.output(f"file:{whole}", format=container.muxer, map=0, **options))
-        if status == 0:
-            return whole
-        log.warning("%s stays a fragmented file, which plays too: %s", shown(part), cause(status, lines))
-    except BaseException:
-        whole.unlink(missing_ok=True)
-        raise
-    whole.unlink(missing_ok=True)
-    return part

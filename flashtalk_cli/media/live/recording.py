@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import count
 from pathlib import Path
@@ -54,12 +55,23 @@ def next_name(recording: Path) -> Path:
     return next(path for path in names if not path.exists() and not part_path(path).exists())
 
 
-def check_folder(folder: Path) -> None:
-    """`OutputError` when segments cannot be written there. Creates nothing."""
-    if folder.exists():
-        check_writable(folder / PLAYLIST, overwrite=True)
-    else:
+def check_folder(folder: Path, overwrite: bool = True) -> None:
+    """`OutputError` when segments cannot be written there, or would replace what is there. Creates nothing."""
+    if not folder.exists():
         check_writable(folder, overwrite=False)
+        return
+    check_writable(folder / PLAYLIST, overwrite=True)
+    if overwrite:
+        return
+    try:
+        found = sorted(filter(OURS.fullmatch, os.listdir(folder)))
+    except OSError as error:
+        raise _unfit(folder, error) from None
+    if found:
+        raise OutputError(
+            f"{shown(folder)}: holds a stream already ({len(found)} files, such as {found[0]}); "
+            "choose another folder or give --overwrite"
+        )
 
 
 def clear_folder(folder: Path, but_ours: bool = False) -> None:
@@ -73,6 +85,8 @@ def clear_folder(folder: Path, but_ours: bool = False) -> None:
             if not but_ours and OURS.fullmatch(found.name):
                 found.unlink()
     except OSError as error:
-        raise OutputError(
-            f"{shown(folder)}: cannot hold the stream ({error.strerror}); choose another folder"
-        ) from None
+        raise _unfit(folder, error) from None
+
+
+def _unfit(folder: Path, error: OSError) -> OutputError:
+    return OutputError(f"{shown(folder)}: cannot hold the stream ({error.strerror}); choose another folder")
