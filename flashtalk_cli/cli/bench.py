@@ -186,7 +186,7 @@ def _conclude(data: dict[str, Any], old: dict[str, Any] | None, *, json: bool) -
         if found:
             console.print(table.comparison(found))
         console.print(
-            f"\n[dim]for the README:[/]\n{words.readme_line(data)}", soft_wrap=True, highlight=False
+            f"\n[dim]a row for a table:[/]\n{words.readme_line(data)}", soft_wrap=True, highlight=False
         )
     if found and found.regressions:
         raise _slower(found)

@@ -110,7 +110,7 @@ def check(request: LiveRequest, stack: ExitStack, display: Display) -> StreamJob
         raise UsageError("--restart would start again what --late fail ends: give one of them")
     canvas = preset.canvas
     display.stage(
-        "picture", f"{request.picture} {width_px}x{height_px}, {canvas.width_px}x{canvas.height_px}"
+        "picture", f"{request.picture} {width_px}x{height_px}, shown at {canvas.width_px}x{canvas.height_px}"
     )
     targets, preview = _targets(request, stack)
     parsed = tuple(parse_target(kind, place) for kind, place in targets)  # type: ignore[arg-type]

@@ -89,7 +89,7 @@ def check(request: Request, folder: Path, display: Display) -> RenderJob:
     width_px, height_px = seen.picture_px
     preset = seen.preset
     check_machine(preset)
-    display.stage("picture", f"{request.picture} {width_px}x{height_px}, {_canvas(preset.canvas)}")
+    display.stage("picture", f"{request.picture} {width_px}x{height_px}, shown at {_canvas(preset.canvas)}")
     display.stage("sound", str(request.speech))
     with _growth_shown(folder, display):
         speech = prepare_speech(request.speech, folder)
