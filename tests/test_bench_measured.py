@@ -6,6 +6,7 @@ them, so that a figure in README that no file has, or that another run has overt
     h200x2-goals.json         figures of `scripts/gpu-check goals`: exchanges of a step
     h200x2-gpu-check.json     figures of `scripts/gpu-check ranks`: several GPUs against one
     h200x1-gpu-speed.json     figures of `scripts/gpu-speed`: parts of a chunk on one GPU
+    h200x1-offload.json       figures of `scripts/gpu-check offload`: one chunk
 
 A report put here has to be quoted: the test that fails says with which row.
 """
@@ -147,6 +148,17 @@ def test_readme_quotes_what_the_parts_of_a_chunk_take():
         row("chunk", *(ms(report["chunk"]["p50_s"]) for report in reports)),
         row("peak memory a GPU", *(f"{report['memory']['peak_gib']:.1f} GiB" for report in reports)),
     )
+
+
+def test_readme_quotes_what_offload_takes():
+    """Memory and speed with blocks in host memory, and that it is what was promised."""
+    found = json.loads((KEPT / "h200x1-offload.json").read_text())
+    quoted(
+        f"{found['peak_gb']} GB at {found['fps']:.1f} frames a second on one H200 in bfloat16",
+        f"the allocator held {found['reserved_gb']} GB",
+        f"a chunk in bfloat16 then took {found['chunk_ms'] / 1000:.2f} s and {found['peak_gb']} GB",
+    )
+    assert found["peak_gb"] <= 24
 
 
 def test_readme_quotes_how_far_gpu_counts_differ():
