@@ -81,9 +81,8 @@ class Graphs:
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         held = self._recordings.get(name)
         if not self.works or held is None or held.given is not given or held.shapes != shapes:
-            held = self._recordings[name] = _Recording(
-                given, shapes
-            )  # the old one's memory is free for this call
+            # In the place of the old one, whose memory is free for this call then.
+            held = self._recordings[name] = _Recording(given, shapes)
             return function(*inputs)
         if held.graph is None and not self._record(name, held, function, inputs):
             return function(*inputs)
