@@ -5,6 +5,8 @@ command line makes of it: exit codes, and one line for what cannot be compared."
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +189,28 @@ def test_where_nothing_can_be_written_is_said_in_one_line(tmp_path, capsys):
     old = write(tmp_path / "old.json", make())
     assert run(["bench", "--from", old, "--html", str(tmp_path / "no" / "page.html")]) == 6
     assert capsys.readouterr().err.count("\n") == 1
+    began_s = time.monotonic()
+    assert run(["bench", "-o", str(tmp_path / "no" / "report.json")]) == 6
+    assert run(["bench", "-o", str(tmp_path)]) == 6
+    assert time.monotonic() - began_s < 5, "before anything is measured"
+
+
+def test_how_to_measure_is_refused_where_nothing_is_measured(tmp_path, capsys):
+    old = write(tmp_path / "old.json", make())
+    for words in (["--chunks", "3"], ["--gpus", "2"], ["--preset", "mini"], ["--set", "sampling.steps=2"]):
+        assert run(["bench", "--from", old, *words]) == 2
+        assert f"{words[0]}: --from measures nothing" in capsys.readouterr().err
+
+
+def test_a_report_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    """Fault: a disk that fills up while a report is written leaves the one that was there."""
+    old, out = write(tmp_path / "old.json", make()), tmp_path / "kept.json"
+    out.write_text("before")
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "kept.json.part").symlink_to(full)
+    assert run(["bench", "--from", old, "-o", str(out)]) == 6
+    assert out.read_text() == "before"
+    assert run(["bench", "--from", old, "-o", str(out)]) == 0
+    assert json.loads(out.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,7 @@ Exit code 10: slower than the report of --compare, beyond noise.
 """
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _KINDS = ("released", "random")
+_OF_MEASURING = ("preset", "chunks", "weights", "gpus", "sets")
 
 
 def _file(name: str, metavar: str, help: str) -> Any:
@@ -35,6 +37,7 @@ def _file(name: str, metavar: str, help: str) -> Any:
 
 
 def bench(
+    context: typer.Context,
     preset: PresetName = "mini",
     chunks: Annotated[
         int, typer.Option(min=1, rich_help_panel=SPEED, help="Chunks to time, after two that are not.")
@@ -79,7 +82,9 @@ def bench(
 
     old = read(compare) if compare else None
     others = [read(path) for path in also or ()]
+    _check_writable(output, html)
     if source is not None:
+        _refuse_measuring(context)
         data = read(source)
         if json:
             typer.echo(events.to_line(events.event("report", data=data)))
@@ -94,6 +99,27 @@ def bench(
         data = found
     _publish(data, others, output, html)
     return _conclude(data, old, json=json)
+
+
+def _refuse_measuring(context: typer.Context) -> None:
+    """Options that say how to measure mean nothing where nothing is measured."""
+    from flashtalk_cli.errors import UsageError
+
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in _OF_MEASURING and source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"{parameter.opts[0]}: --from measures nothing; leave out one of the two")
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Before minutes of measuring: whether there is a folder for each file."""
+    from flashtalk_cli.errors import OutputError
+
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise OutputError(f"{path}: is a folder; give a file")
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise OutputError(f"{path}: cannot be written (no folder {path.absolute().parent} to write in)")
 
 
 def _preset(name: str, weights: str | None, gpus: str | None, sets: list[str]) -> Preset:
@@ -166,9 +192,12 @@ def _publish(
 def _write(path: Path, text: str) -> None:
     from flashtalk_cli.errors import OutputError
 
+    part = path.with_name(f"{path.name}.part")
     try:
-        path.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
