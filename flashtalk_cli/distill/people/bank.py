@@ -5,7 +5,8 @@
 writes `train.opus`, `train.npz`, `held_out.opus` and `held_out.npz`: utterances one after another
 and an index with their places, voices, texts and sounds. Held-out voices and sentences are in the
 second pair alone. Making it needs espeak-ng, flite, festival with its voices
-(`festival.SPEAKERS` names them; each is a package festvox-...) and ffmpeg; using it needs only soundfile.
+(`festival.SPEAKERS` names them; each is a package festvox-...), Kokoro's files (`kokoro.py` says which and where)
+and ffmpeg; using it needs only soundfile.
 
 `SpeechBank.draw` strings utterances of one voice together with pauses, so that an hour of bank is
 many hours of speech; `disturb` adds rooms, noise and gain to what a listener hears.

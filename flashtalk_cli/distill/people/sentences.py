@@ -40,6 +40,10 @@ PATTERNS = (
     "{ask} {what} {where}?",
     "{say}!",
 )
+# Words that no language has, by their beginnings, middles and ends: whoever knows few words learns those by heart.
+BEGINS = "b|bl|br|ch|d|dr|f|fl|fr|g|gl|gr|h|j|k|kl|kr|l|m|n|p|pl|pr|qu|r|s|sh|sk|sl|sm|sn|sp|st|str|sw|t|th|tr|tw|v|w|y|z|"
+MIDDLES = "a|e|i|o|u|ee|oo|ai|ow|oy|ar|or|er|ea|igh|oa|au|ire|aw"
+ENDS = "b|ck|d|f|g|ll|m|mp|n|nd|ng|nk|nt|p|rd|rk|rm|rn|s|sh|sk|sp|st|t|th|tch|ve|x|z||||"
 OTHERS = {  # language of espeak-ng (and of a festival voice, if it has one) -> words to be strung together
     "de": "der kleine Fuchs|springt über|die grüne Brücke|heute Morgen|vielleicht|ich möchte|einen Apfel und ein Buch|wir fahren nach Hause|schöne Häuser|fünf Bäume|bitte|das Wetter|war gestern furchtbar|meine Schwester|kauft neue Schuhe|warum nicht|jeden Abend|auf dem Tisch",
     "fr": "le petit garçon|mange une pomme|dans le jardin|aujourd'hui|je voudrais|un bon vin blanc|nous partons demain|peut-être|la lune est belle|chez ma grand-mère|beaucoup de monde|il pleut encore|une voiture bleue|à bientôt|où est la gare|vous parlez trop vite|deux heures et demie",
@@ -73,11 +77,26 @@ def _english(rng: np.random.Generator, words: dict[str, str]) -> str:
     return pattern[0].upper() + pattern[1:]
 
 
+def _invented(rng: np.random.Generator) -> str:
+    def word() -> str:
+        parts = [
+            str(rng.choice(letters.split("|")))
+            for _ in range(int(rng.integers(1, 4)))
+            for letters in (BEGINS, MIDDLES, ENDS)
+        ]
+        return "".join(parts)
+
+    words = [word() + ("," if rng.random() < 0.12 else "") for _ in range(int(rng.integers(3, 10)))]
+    return " ".join(words).strip(",").capitalize() + str(rng.choice((".", ".", "?")))
+
+
 def draw_sentence(seed: int, language: str = "en") -> str:
-    """The sentence of that seed in a language of `LANGUAGES`."""
+    """The sentence of that seed in a language of `LANGUAGES`; half of those in English, for training, mean nothing."""
     rng = np.random.default_rng((5, seed))
     held_out = seed >= HELD_OUT_FROM
     if language == "en":
+        if not held_out and rng.random() < 0.5:
+            return _invented(rng)
         return _english(rng, HELD_OUT_ENGLISH if held_out else ENGLISH)
     words = OTHERS[language].split("|")
     words = words[-HELD_OUT_WORDS:] if held_out else words[:-HELD_OUT_WORDS]

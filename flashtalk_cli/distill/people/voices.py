@@ -1,4 +1,4 @@
-"""Voices that say when each sound sounds: espeak-ng, through its library, flite and festival.
+"""Voices that say when each sound sounds: espeak-ng, through its library, flite, festival and Kokoro.
 
 All give mono float32 samples at 16 kHz with the sounds aligned to them. They are needed where a
 speech bank is made, not where it is used.
@@ -20,7 +20,7 @@ import soundfile
 import soxr
 
 from flashtalk_cli.config import SAMPLE_RATE_HZ
-from flashtalk_cli.distill.people import festival
+from flashtalk_cli.distill.people import festival, kokoro
 from flashtalk_cli.distill.people.phonemes import FLITE, Sound, spell
 from flashtalk_cli.errors import InputError
 
@@ -44,9 +44,10 @@ ESPEAK_VARIANTS = (
 )
 HELD_OUT_FLITE = ("slt", "rms")
 HELD_OUT_VARIANTS = ("+f2", "+m3")
-# What part of the voices drawn are flite's and festival's; espeak-ng's are the rest. Flite's and
-# festival's sound human, and a listener learns people from them.
-TRAIN_FLITE_SHARE, TRAIN_FESTIVAL_SHARE, HELD_OUT_FLITE_SHARE = 0.3, 0.4, 0.42
+# What part of the voices drawn for training are whose; espeak-ng's are the rest. Kokoro's sound human, flite's
+# and festival's nearly, and a listener learns people from them.
+TRAIN_SHARES = {"flite": 0.1, "festival": 0.2, "kokoro": 0.5}
+HELD_OUT_FLITE_SHARE = 0.42
 
 _RETRIEVAL, _PHONEME_EVENTS, _PHONEME_IPA, _UTF8 = 1, 1, 2, 1
 _EVENT_PHONEME, _EVENT_END = 7, 0
@@ -55,7 +56,7 @@ _RATE, _PITCH, _RANGE = 1, 3, 4
 
 @dataclass(frozen=True)
 class Voice:
-    """Who speaks: `engine` espeak, flite or festival, its voice's name, and how fast and high."""
+    """Who speaks: `engine` espeak, flite, festival or kokoro, its voice's name, and how fast and high."""
 
     engine: str
     name: str
@@ -67,6 +68,8 @@ class Voice:
         """Whether training never hears this voice."""
         if self.engine == "flite":
             return self.name in HELD_OUT_FLITE
+        if self.engine == "kokoro":
+            return self.name in kokoro.HELD_OUT
         return self.engine == "espeak" and self.name.endswith(HELD_OUT_VARIANTS)
 
 
@@ -113,10 +116,18 @@ def _say_flite(voice: Voice, text: str) -> Utterance:
 def _say_festival(voice: Voice, text: str) -> Utterance:
     samples, rate_hz, phones = festival.speak(voice.name, text, voice.speed)
     letters = festival.TABLES[festival.SPEAKERS[voice.name].phones]
+    return _timed(voice, samples, rate_hz, [(letters.get(phone, "ə"), end_s) for phone, end_s in phones])
+
+
+def _say_kokoro(voice: Voice, text: str) -> Utterance:
+    return _timed(voice, *kokoro.speak(voice.name, text, voice.speed))
+
+
+def _timed(voice: Voice, samples: np.ndarray, rate_hz: int, ends: list[tuple[str, float]]) -> Utterance:
     sounds: list[Sound] = []
     start_s = 0.0
-    for phone, end_s in phones:
-        sounds += spell(letters.get(phone, "ə"), start_s, end_s)
+    for letters, end_s in ends:
+        sounds += spell(letters, start_s, end_s)
         start_s = end_s
     return _pitched(Utterance(_at_16_khz(samples, rate_hz), tuple(sounds)), voice.pitch)
 
@@ -214,7 +225,7 @@ def _say_espeak(voice: Voice, text: str) -> Utterance:
     return Utterance(_at_16_khz(samples, engine.rate_hz), tuple(sounds))
 
 
-_SAY = {"espeak": _say_espeak, "flite": _say_flite, "festival": _say_festival}
+_SAY = {"espeak": _say_espeak, "flite": _say_flite, "festival": _say_festival, "kokoro": _say_kokoro}
 
 
 def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]:
@@ -225,15 +236,30 @@ def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]
     from flashtalk_cli.distill.people.sentences import HELD_OUT_LANGUAGES, LANGUAGES
 
     speed, pitch = float(rng.uniform(0.78, 1.25)), float(rng.uniform(0.85, 1.18))
-    share = rng.random()
-    if share < (HELD_OUT_FLITE_SHARE if held_out else TRAIN_FLITE_SHARE):
+    engine = _drawn_engine(rng.random(), held_out)
+    if engine == "flite":
         names = [name for name in FLITE_VOICES if (name in HELD_OUT_FLITE) == held_out]
         return Voice("flite", str(rng.choice(names)), speed, pitch), "en"
-    if not held_out and share < TRAIN_FLITE_SHARE + TRAIN_FESTIVAL_SHARE:
+    if engine == "festival":
         name = str(rng.choice(tuple(festival.SPEAKERS)))
         return Voice("festival", name, speed, pitch), festival.SPEAKERS[name].language
+    if engine == "kokoro":
+        name = str(rng.choice(kokoro.SPEAKERS))
+        others = [other for other in kokoro.SPEAKERS if other[0] == name[0] and other != name]
+        if others and rng.random() < 0.5:
+            name += "+" + str(rng.choice(others))
+        return Voice("kokoro", name, speed, pitch), kokoro.ACCENTS[name[0]][0]
     languages = HELD_OUT_LANGUAGES if held_out else LANGUAGES
     language = "en" if rng.random() < 0.45 else str(rng.choice(languages[1:]))
     variants = [v for v in ESPEAK_VARIANTS if (v in HELD_OUT_VARIANTS) == held_out]
     base = str(rng.choice(("en-us", "en", "en-gb-scotland"))) if language == "en" else language
     return Voice("espeak", base + str(rng.choice(variants)), speed, float(rng.uniform(0.4, 1.6))), language
+
+
+def _drawn_engine(share: float, held_out: bool) -> str:
+    shares = {"flite": HELD_OUT_FLITE_SHARE} if held_out else TRAIN_SHARES
+    for engine, part in shares.items():
+        if share < part:
+            return engine
+        share -= part
+    return "espeak"
