@@ -38,7 +38,8 @@ def setup(*, debug: bool = False, rank: int = 0, console: TextIO | None = None) 
         handler.setFormatter(logging.Formatter(shape))
         handler.addFilter(RankFilter(rank))
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-    logging.getLogger("flashtalk_cli").setLevel(logging.DEBUG if debug else logging.WARNING)
+    for ours in ("flashtalk_cli", "__main__"):  # the second is a module of ours that python -m runs
+        logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.WARNING)
     logging.captureWarnings(True)
     logging.getLogger("py.warnings").setLevel(logging.WARNING if debug else logging.ERROR)
 

@@ -130,3 +130,10 @@ def test_only_rank_0_says_more_than_warnings_and_others_say_who_they_are(capfd):
     ]
     assert ended.stderr.splitlines()[3:] == ["ERROR: loud"]
     assert ended.stdout == ""
+
+
+def test_a_module_that_is_run_by_itself_is_one_of_ours(capfd):
+    """Contract: under `python -m` a module is called __main__, and what it does is to be seen all the same."""
+    code = "import logging; from flashtalk_cli import log; log.setup(debug=True); logging.getLogger(__name__).info('i')"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stderr.rstrip().endswith("INFO __main__: i")

@@ -25,7 +25,7 @@ _speeches = _packaged("speech", ".wav")
 def demo(
     portrait: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=PERSON, help=f"One of: {', '.join(_portraits)}.")
-    ] = "amara",
+    ] = "maya",
     speech: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=PERSON, help=f"One of: {', '.join(_speeches)}.")
     ] = "welcome",

@@ -43,7 +43,7 @@ CONFIG_MINI: dict[str, Any] = {
     **{"dim": 256, "ffn_dim": 1024, "num_heads": 4, "num_layers": 8, "in_dim": 36, "out_dim": 16},
     **{"freq_dim": 128, "text_dim": 64, "text_len": 16, "eps": 1e-6, "vae_scale": 4},
     **{"audio_window": 5, "intermediate_dim": 64, "output_dim": 128, "context_tokens": 8},
-    **{"audio_layers": 4, "audio_dim": 96, "image_dim": 96, "clip_heads": image.MINI.heads},
+    **{"audio_layers": 4, "audio_dim": 192, "image_dim": 96, "clip_heads": image.MINI.heads},
     **{"vae_dim": vae.MINI.dim, "vae_dim_mult": list(vae.MINI.dim_mult)},
 }
 TEXT = TextParams(vocabulary=259, dim=64, attention_dim=64, ffn_dim=128, heads=4, layers=2)

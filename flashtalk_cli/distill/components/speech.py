@@ -6,10 +6,6 @@ neighbours, and how loud it is: the readers are thrown away, and what they read 
 features. The windows are those of rendering (8 s, zero mean and unit variance, at times beginning
 with the zeros of a stream's start), brought to the video's frame rate inside the network as
 rendering does it, by the same code.
-
-A motion network knows one speech encoder's features and no others'. So an encoder that is trained further keeps
-the features it had wherever they told the sound right, and learns new voices into them: windows of
-other throats, with noise, are to give what the undisturbed ones gave before.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +41,9 @@ from flashtalk_cli.models.speech import build_speech, features_of
 log = logging.getLogger(__name__)
 
 MINI: dict[str, Any] = {
-    **{"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256},
-    **{"conv_dim": [64] * 7, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 4},
+    **{"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6, "intermediate_size": 768},
+    **{"conv_dim": [64, 96, 128, 128, 192, 192, 192]},
+    **{"num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 8},
     **{"feat_extract_norm": "group", "do_stable_layer_norm": False},
 }
 LAYER_WEIGHTS = (0.2, 0.4, 0.6, 1.0)
@@ -59,22 +56,16 @@ class Plan:
     seconds: float = 300.0
     fill_s: float = 25.0  # of drawing windows before it
     pool_windows: int = 6000
-    batch: int = 32
-    rate: float = 2e-3
+    batch: int = 48
+    rate: float = 1.5e-3
     warm_up_steps: int = 400
     average: float = 0.999
     workers: int = 6
     measured_windows: int = 96
     seed: int = 0
-    readers_steps: int = 300  # of readers alone, before a network that is kept learns on
-    staying: float = 2.0  # weight of what it keeps
 
 
-FINER = Plan(rate=5e-4, warm_up_steps=100)
-"""A trained network further, on other voices."""
-
-
-TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2, readers_steps=2)
+TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2)
 """Nothing is learned at this size; every line is run."""
 
 
@@ -115,62 +106,18 @@ def reading_loss(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> Tensor
     return total / weights.sum()
 
 
-def staying_loss(heard: Tensor, kept: Tensor, right: Tensor) -> Tensor:
-    """How far features [B, T, layers, dim] are from those kept, squared, in units of their spread over the batch,
-    where right [B, T] is 1."""
-    off = ((heard - kept) / (kept.std((0, 1)) + 1e-3)).square().mean((2, 3))
-    return (right * off).sum() / right.sum().clamp_min(1)
-
-
-class Kept:
-    """A network as it was, and readers of it: what is right about its features is to stay."""
-
-    def __init__(self, module: Any, readers: Readers) -> None:
-        self.module = deepcopy(module).eval().requires_grad_(False)
-        self.readers = readers
-
-    def learn(
-        self, pool: WindowPool, plan: Plan, generator: torch.Generator, rng: np.random.Generator
-    ) -> None:
-        """Teach the readers what it hears."""
-        optimizer = torch.optim.Adam(self.readers.parameters(), lr=5e-3)
-        for _ in range(plan.readers_steps):
-            _, plain, labels = vary(pool.draw(plan.batch, generator), generator, rng)
-            loss = reading_loss(self.readers(self.heard(plain, labels)), labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-
-    @torch.no_grad()
-    def heard(self, plain: Tensor, labels: Windows) -> Tensor:
-        """Its features of undisturbed samples."""
-        return features_of(self.module, plain, labels.sounds.shape[1])
-
-    def loss(self, heard: Tensor, plain: Tensor, labels: Windows) -> Tensor:
-        """What features of the disturbed samples are off by, weighed by how sure the kept ones are of the true sound."""
-        kept = self.heard(plain, labels)
-        with torch.no_grad():
-            told = self.readers(kept)[0][:, :, -1].softmax(-1)
-            right = told.gather(-1, labels.sounds[..., None])[..., 0]
-        return staying_loss(heard.float(), kept, right)
-
-
 def train(
     bank: SpeechBank,
     plan: Plan,
     device: str,
-    start: Mapping[str, Tensor] | None = None,
     save: Callable[[nn.Module, int], None] | None = None,
 ) -> tuple[Any, Readers, list[dict[str, float]]]:
     """Trains for `plan.seconds` after drawing; returns the averaged network, its readers, and a log.
 
-    start: weights to go on from, whose features are kept; None: drawn ones. save(network, step): called about
-    every minute.
+    save(network, step): called about every minute.
     """
     pool = WindowPool(bank, plan.pool_windows, device, plan.workers, plan.seed)
     module = build_trainable(MINI, plan.seed)
-    if start is not None:
-        module.load_state_dict({name: value.float() for name, value in start.items()})
     readers = Readers(module.config.num_hidden_layers, module.config.hidden_size)
     both = nn.ModuleDict({"module": module, "readers": readers}).to(device).train()
     averaged = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
@@ -186,9 +133,6 @@ def train(
     ):
         pool.add()
     log.info("speech: %d windows of 8 s", pool.count)
-    kept = None if start is None else Kept(both.get_submodule("module"), readers)
-    if kept:
-        kept.learn(pool, plan, generator, rng)
     lines: list[dict[str, float]] = []
     began_s = said_s = saved_s = time.monotonic()
     step = 0
@@ -198,13 +142,11 @@ def train(
         )
         for group in optimizer.param_groups:
             group["lr"] = plan.rate * rate
-        samples, plain, labels = vary(pool.draw(plan.batch, generator), generator, rng)
+        samples, labels = vary(pool.draw(plan.batch, generator), generator, rng)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
             heard = features_of(module, samples, labels.sounds.shape[1])
             read = readers(heard)
         loss = reading_loss(read, labels)
-        if kept:
-            loss = loss + plan.staying * kept.loss(heard, plain, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -253,20 +195,58 @@ def accuracy(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> dict[str, 
     }
 
 
+def opening_of(labels: Windows) -> Tensor:
+    """How far the lips are apart, up to the speaker's scale: [N, T], of the jaw's curve and the lips'."""
+    return labels.shapes[..., SHAPES.index("jaw")] * (1 - labels.shapes[..., SHAPES.index("closed")])
+
+
+@torch.no_grad()
+def read_opening(
+    module: Any, known: SpeechBank, asked: SpeechBank, count: int, reach: int = 2, ridge: float = 1e-2
+) -> float:
+    """How well the opening can be read from the features: correlation over `count` windows of `asked`.
+
+    The reader is a ridge regression on windows of `known` of the features of all blocks `reach` frames about a frame,
+    which is what a motion network is given: it could hardly move lips better than this.
+    """
+    device = next(module.parameters()).device
+
+    def seen(bank: SpeechBank, seed: int) -> tuple[Tensor, Tensor]:
+        windows = draw_windows(bank, count, seed, True, device)
+        heard = hear(module, windows).flatten(2)
+        near = F.pad(heard, (0, 0, reach, reach)).unfold(1, 2 * reach + 1, 1).flatten(2)
+        return near.flatten(0, 1).double(), opening_of(windows).flatten().double()
+
+    x, y = seen(known, 1)
+    mean, spread = x.mean(0), x.std(0) + 1e-6
+    x = (x - mean) / spread
+    power = x.T @ x
+    power.diagonal().add_(ridge * len(x))
+    weights = torch.linalg.solve(power, x.T @ (y - y.mean()))
+    x, y = seen(asked, 2)
+    return round(torch.corrcoef(torch.stack([((x - mean) / spread) @ weights, y]))[0, 1].item(), 4)
+
+
+def draw_windows(bank: SpeechBank, count: int, seed: int, clean: bool, device: torch.device) -> Windows:
+    """Windows of a bank, the same for the same seed."""
+    rng = np.random.default_rng((43, seed))
+    drawn = [draw_window(bank, rng, clean) for _ in range(count)]
+    return Windows(*(torch.from_numpy(np.stack(values)).to(device) for values in zip(*drawn, strict=True)))
+
+
+def hear(module: Any, windows: Windows) -> Tensor:
+    """Features [N, T, layers, dim] of windows of 8 s."""
+    pieces = windows.samples.split(16)
+    return torch.cat([features_of(module, normalise(some.float() / 32768), WINDOW_FRAMES) for some in pieces])
+
+
 @torch.no_grad()
 def measure(
     module: Any, readers: Readers, bank: SpeechBank, count: int, seed: int = 0, clean: bool = True
 ) -> dict[str, Any]:
     """Accuracies on windows of a bank, by every block, and the features' mean and standard deviation."""
-    rng = np.random.default_rng((43, seed))
-    device = next(module.parameters()).device
-    drawn = [draw_window(bank, rng, clean) for _ in range(count)]
-    windows = Windows(*(torch.from_numpy(np.stack(values)).to(device) for values in zip(*drawn, strict=True)))
-    pieces = [
-        features_of(module, normalise(windows.samples[i : i + 16].float() / 32768), WINDOW_FRAMES)
-        for i in range(0, count, 16)
-    ]
-    heard = torch.cat(pieces)
+    windows = draw_windows(bank, count, seed, clean, next(module.parameters()).device)
+    heard = hear(module, windows)
     scores, shapes, loudness = readers(heard)
     by_layer = {
         f"layer_{i + 1}": accuracy(

@@ -105,13 +105,8 @@ def _normalise(model: Vae, pool: ClipPool, plan: vae_training.Plan) -> dict[str,
     return {"latents_mean": mean.tolist(), "latents_std": std.tolist()}
 
 
-def train_speech(
-    bank: Path, out: Path, seconds: float, device: str, plan: speech.Plan, start: Path | None = None
-) -> None:
-    """Trains the speech encoder, measures on held-out voices and sentences, and writes all.
-
-    start: weights to go on from, see `speech.train`.
-    """
+def train_speech(bank: Path, out: Path, seconds: float, device: str, plan: speech.Plan) -> None:
+    """Trains the speech encoder, measures on held-out voices and sentences, and writes all."""
     began_s = time.monotonic()
     spoken, unheard = SpeechBank(bank, "train"), SpeechBank(bank, "held_out")
 
@@ -121,15 +116,20 @@ def train_speech(
     plan = replace(
         plan, seconds=seconds - plan.fill_s - 0.2 * plan.measured_windows - (time.monotonic() - began_s)
     )
-    module, readers, lines = speech.train(spoken, plan, device, load_file(start) if start else None, save)
+    module, readers, lines = speech.train(spoken, plan, device, save)
     speech.save_weights(module, out / "speech.safetensors")
     count = plan.measured_windows
     figures = {
         "hours": round(spoken.hours, 2), "held_out": speech.measure(module, readers, unheard, count),
         "held_out_disturbed": speech.measure(module, readers, unheard, count, clean=False),
-        "trained": speech.measure(module, readers, spoken, count), "log": lines, "device": _name(device),
+        "trained": speech.measure(module, readers, spoken, count),
+        "opening_read": {
+            "held_out": speech.read_opening(module, spoken, unheard, count),
+            "trained": speech.read_opening(module, spoken, spoken, count),
+        },
+        "log": lines, "device": _name(device),
     }  # fmt: skip
-    log.info("speech %s", figures["held_out"])
+    log.info("speech %s %s", figures["held_out"], figures["opening_read"])
     write_json(out / "speech.json", figures)
 
 
@@ -187,11 +187,9 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
     if given.part == "speech":
-        whole_speech = speech.FINER if given.start else speech.Plan()
-        heard = replace(
-            speech.TOY if given.toy else whole_speech, fill_s=given.fill_seconds, workers=given.workers
-        )
-        train_speech(given.bank, given.out, given.seconds, given.device, heard, given.start)
+        whole_speech = speech.TOY if given.toy else speech.Plan()
+        heard = replace(whole_speech, fill_s=given.fill_seconds, workers=given.workers)
+        train_speech(given.bank, given.out, given.seconds, given.device, heard)
     elif given.part == "measure":
         model = Vae(vae.MINI).to(given.device)
         model.load_state_dict(load_file(given.start))

@@ -101,9 +101,8 @@ class WindowPool:
         return Windows(*(kept[which] for kept in vars(self.windows).values()))
 
 
-def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tuple[Tensor, Tensor, Windows]:
-    """Windows in other voices: samples float32 [N, samples], normalised as rendering does; the same without
-    what disturbs them or makes them another's; and labels.
+def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tuple[Tensor, Windows]:
+    """Windows in other voices: samples float32 [N, samples], normalised as rendering does, and labels.
 
     A batch is played faster or slower as a whole (higher or lower with it), each window by a throat
     and through a spectrum of its own, with noise and short gaps, and one in four begins with zeros.
@@ -119,7 +118,6 @@ def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tu
     ]
     times = ((torch.arange(n_frames, device=device) + 0.5) * speed).long().clamp_max(WINDOW_FRAMES - 1)
     labels = Windows(played, windows.sounds[:, times], windows.shapes[:, times], windows.loudness[:, times])
-    plain = played
     played = _colour(_revoiced(played, generator), generator)
     level = 10 ** (-torch.rand(count, 1, generator=generator, device=device) * 2 - 1.2)
     played = played + torch.randn(played.shape, generator=generator, device=device) * level * played.std(
@@ -130,7 +128,7 @@ def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tu
     began = torch.linspace(0, 1, played.shape[1], device=device) >= silent
     heard = torch.linspace(0, 1, n_frames, device=device) >= silent
     labels = Windows(played, labels.sounds * heard, labels.shapes * heard[..., None], labels.loudness * heard)
-    return normalise(played * began), normalise(plain * began), labels
+    return normalise(played * began), labels
 
 
 def _revoiced(samples: Tensor, generator: Generator) -> Tensor:

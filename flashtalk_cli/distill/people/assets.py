@@ -32,18 +32,18 @@ PORTRAIT = Detail(texture=1536, strands=9000, sky_directions=48, shadow_side=320
 PLEASANT = {"mouthSmileLeft": 0.22, "mouthSmileRight": 0.22, "eyeBlinkLeft": 0.02, "eyeBlinkRight": 0.02}
 PEOPLE: dict[str, tuple[int, dict]] = {
     "oscar": (HELD_OUT_FROM + 18, {}),
-    "maya": (HELD_OUT_FROM + 23, {}),
-    "henry": (HELD_OUT_FROM + 19, {}),
-    "amara": (HELD_OUT_FROM + 20, {}),
+    "maya": (HELD_OUT_FROM + 1, {}),
+    "henry": (HELD_OUT_FROM + 11, {}),
+    "amara": (HELD_OUT_FROM + 31, {}),
 }
 SPEECHES = {
     "welcome": (
-        "slt",
+        "af_heart",
         "Hello, and welcome. This portrait never moved before today. A small model listens to my voice, "
         "and it moves the lips, the eyes and the head, one second at a time. Everything you see was made on this very machine.",
     ),
     "story": (
-        "rms",
+        "am_michael",
         "Above the harbour there stood an old blue house. Every Wednesday morning, a puppy and a white mouse opened the window "
         "and waved at the boats. Nobody believed it, of course.",
     ),
@@ -56,7 +56,7 @@ def portrait_spec(name: str) -> PersonSpec:
     spec = draw_person(seed)
     turn = tuple(float(np.clip(angle, -0.12, 0.12)) for angle in spec.turn)
     framed = {
-        "face_height": 0.62,
+        "face_height": 0.72,
         "place": (0.5, 0.48),
         "turn": turn,
         "body_turn": spec.body_turn / 2,
@@ -83,7 +83,7 @@ def still(spec: PersonSpec, units: dict[str, float], side_px: int, detail: Detai
 def speak(name: str, into: Path) -> None:
     """Writes a speech and its text."""
     voice, text = SPEECHES[name]
-    samples = say(Voice("flite", voice, speed=1.06), text).samples
+    samples = say(Voice("kokoro", voice), text).samples
     soundfile.write(
         into / f"{name}.wav", samples * (0.7 / np.abs(samples).max()), SAMPLE_RATE_HZ, subtype="PCM_16"
     )

@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +166,12 @@ class SpeechBank:
             self.index = {key: stored[key] for key in stored.files}
         self._first_sound = np.concatenate([[0], np.cumsum(self.index["counts"])])
         self._groups = [np.flatnonzero(self.index["groups"] == g) for g in np.unique(self.index["groups"])]
+
+    def keep(self, wanted: Callable[[str], bool]) -> None:
+        """Leave out what other voices say: wanted(ENGINE:NAME:SPEED:PITCH). Raises InputError when nothing is left."""
+        self._groups = [group for group in self._groups if wanted(str(self.index["voices"][group[0]]))]
+        if not self._groups:
+            raise InputError("the bank has none of the voices that are asked for")
 
     @property
     def hours(self) -> float:
