@@ -228,13 +228,13 @@ def test_the_demos_defaults_are_packaged():
 def test_demo_takes_packaged_inputs_by_name(inputs, jobs, monkeypatch, capsys):
     from flashtalk_cli.cli import demo
 
-    monkeypatch.setattr(demo, "_portraits", {"amara": inputs / "portrait.png", "bob": inputs / "none.png"})
+    monkeypatch.setattr(demo, "_portraits", {"maya": inputs / "portrait.png", "bob": inputs / "none.png"})
     monkeypatch.setattr(demo, "_speeches", {"welcome": inputs / "hello.wav"})
     assert run(["demo", "--set", "model.name=model"]) == 0
     assert jobs[0].output == inputs / "demo.mp4"
     assert jobs[0].picture == inputs / "portrait.png"
     assert run(["demo", "--portrait", "eve"]) == 4
-    assert "no portrait named 'eve'; there are amara, bob" in error_line(capsys)
+    assert "no portrait named 'eve'; there are maya, bob" in error_line(capsys)
 
 
 # The order of checks: everything is wrong at first, and mended one by one

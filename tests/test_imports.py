@@ -63,6 +63,7 @@ LIGHT_MODELS = {
 }  # all that the command line may import
 LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
+    "distill/people/kokoro.py": {"FLASHTALK_KOKORO"},
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"},
     "placement.py": {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
