@@ -180,6 +180,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.part in ("decoder", "measure") and given.start is None:
         parser.error(f"{given.part} takes a VAE: name its weights with --start")
+    if given.part == "speech" and given.start is not None:
+        parser.error("speech is trained from nothing: leave out --start")
     if given.part != "measure" and given.seconds is None:
         parser.error("say how long it may train with --seconds")
     setup(debug=True)
