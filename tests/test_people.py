@@ -39,7 +39,7 @@ from flashtalk_cli.distill.people.phonemes import (
 from flashtalk_cli.distill.people.render import Clip, Detail
 from flashtalk_cli.distill.people.sentences import ENGLISH, HELD_OUT_ENGLISH, LANGUAGES, draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
-from flashtalk_cli.distill.people.voices import Voice, draw_voice, say
+from flashtalk_cli.distill.people.voices import ENGINES, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
 
 ROUGH = Detail(texture=192, strands=150, sky_directions=2, shadow_side=48)
@@ -355,6 +355,9 @@ def test_held_out_words_and_voices_are_never_trained_on() -> None:
     assert not {voice.name for voice in train} & {voice.name for voice in held_out}
     assert all(voice.held_out for voice in held_out)
     assert not any(voice.held_out for voice in train)
+    assert {voice.engine for voice in train} == set(ENGINES)
+    assert {voice.engine for voice in held_out} == set(ENGINES) - {"festival"}
+    assert {draw_voice(rng, held_out=False, engines=("flite",))[0].engine for _ in range(30)} == {"flite"}
     for language in LANGUAGES:
         assert draw_sentence(1, language) == draw_sentence(1, language)
         common = {draw_sentence(s, language) for s in range(40)} & {
@@ -393,7 +396,7 @@ def test_voices_say_when_each_sound_sounds(voice: Voice) -> None:
 @pytest.fixture(scope="module")
 def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bank")
-    bank_module.make(folder, "held_out", hours=0.005, workers=1)  # espeak-ng's and flite's alone
+    bank_module.make(folder, "held_out", hours=0.005, workers=1, engines=("espeak", "flite"))
     return folder
 
 
@@ -401,7 +404,7 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bank_gives_back_what_was_said(small_bank: Path) -> None:
     """Parity: an utterance out of the bank is the spoken one, in place to 10 ms, sounds included."""
     bank = SpeechBank(small_bank, "held_out")
-    _voice, text, spoken = bank_module._voice_group((0, True))[1]
+    _voice, text, spoken = bank_module._voice_group((0, True, ("espeak", "flite")))[1]
     kept = bank.utterance(1)
     assert bank.index["texts"][1] == text
     assert len(kept.samples) == len(spoken.samples)

@@ -109,7 +109,13 @@ def test_evaluation_writes_a_table_and_pictures(trained: Path) -> None:
         "student, 2 steps",
     ]
     assert [result["evaluations"] for result in found["results"]] == [6, 4, 4, 2]
-    assert len((out / "eval.md").read_text().splitlines()) == 4 + len(names)
+    both, voices = (out / "eval.md").read_text().split("\n\n")
+    assert len(both.splitlines()) == 4 + len(names)
+    assert [line.split("|")[1].strip() for line in voices.splitlines()[2:]] == [
+        "truth",
+        "truth through the VAE",
+        *names,
+    ]
     truth, through_vae = found["yardsticks"]
     assert [truth["name"], through_vae["name"]] == ["truth", "truth through the VAE"]
     assert truth["seen"]["likeness"] > through_vae["seen"]["likeness"]

@@ -144,7 +144,9 @@ def test_talks_follow_each_other(made) -> None:
     talk = bucket.talk_of(bucket.draw_people(8, 3, torch.Generator().manual_seed(0)), 3)
     latents = bucket.rows["latents"].take(torch.arange(6)).float()
     for i in range(8):
-        places = [next(n for n in range(6) if torch.equal(latents[n][:, :2], real[i])) for real in talk.real]
+        places = [
+            next(n for n in range(6) if torch.equal(latents[n][:, :2], real[i])) for real in talk.motion
+        ]
         assert places == [places[0], places[0] + 1, places[0] + 2]
     pool.check_chains(folder, 4)
     with pytest.raises(InputError, match=r"longest clip.* 4 chunks, rollouts need 5"):

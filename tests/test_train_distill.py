@@ -3,6 +3,7 @@ comes to the teacher (property)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_stage_2_moves_the_student_alone_by_its_updates(toy) -> None:
 def test_stage_2_brings_the_student_to_the_teacher(toy) -> None:
     """The distance between teacher and critic on the student's chunks shrinks, as does that of their heads."""
     rates = {"learning_rate": 1e-2, "beta1": 0.0, "beta2": 0.99, "warmup_steps": 0, "weight_decay": 0.0}
-    stage = distill_stage(toy, chunks=1, critic_updates=4, student=rates, critic=rates, audio_guidance=1.0,
+    stage = distill_stage(toy, chunks=1, critic_updates=4, student=rates, critic=rates, audio_guidance=1.0, mouth_weight=0.0,
                           text_guidance=1.0, batch=4, micro_batch=4)  # fmt: skip
 
     def miss() -> float:
@@ -65,6 +66,40 @@ def test_stage_2_brings_the_student_to_the_teacher(toy) -> None:
     assert miss() < 0.8 * before
 
 
+def test_the_mouth_error_is_of_the_mouth_alone(toy) -> None:
+    """0 whatever is wrong outside the box or in given latents; the square of what is wrong inside; everywhere without a box."""
+    stage = distill_stage(toy)
+    bucket = stage.pool.buckets[0]
+    talk = bucket.talk_of(bucket.draw_people(2, 1, torch.Generator().manual_seed(0)), 1)
+    inside = slice(2, 6)  # of the toy's box of 16..48 px, in latents of 8 px
+
+    def error(shown: dmd.Talk, wrong: torch.Tensor) -> float:
+        """Of a student that guesses the clip and adds `wrong`, whatever it is given."""
+        return stage.mouth_error(lambda x, time: (x - shown.clip[0] - wrong) / time, shown, 0, 0.9).item()
+
+    outside = torch.ones_like(talk.clip[0])
+    outside[:, :, 2:, inside, inside] = 0
+    assert error(talk, 7 * outside) == pytest.approx(0, abs=1e-9)
+    assert error(talk, torch.full_like(outside, 0.5)) == pytest.approx(0.25, rel=1e-4)
+    assert error(replace(talk, box=torch.zeros(2, 4)), 7 * outside) > 10
+
+
+def test_a_weight_on_the_mouth_brings_lips_to_the_clips(toy) -> None:
+    """The error that it counts falls further than by distribution matching alone, with the same draws."""
+
+    def final(weight: float) -> float:
+        rates = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.99, "warmup_steps": 0, "weight_decay": 0.0}
+        stage = distill_stage(toy, chunks=1, student=rates, batch=4, micro_batch=4, mouth_weight=weight)
+        for _ in range(20):
+            stage.step()
+        bucket = stage.pool.buckets[0]
+        talk = bucket.talk_of(bucket.draw_people(8, 1, torch.Generator().manual_seed(3)), 1)
+        with torch.no_grad():
+            return stage.mouth_error(dmd.predictor(stage.student.dit, talk, 0), talk, 0, 1.0).item()
+
+    assert final(1.0) < 0.8 * final(0.0)
+
+
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("align", [True, False])
 def test_motion_options(toy, clean: bool, align: bool) -> None:
@@ -74,7 +109,7 @@ def test_motion_options(toy, clean: bool, align: bool) -> None:
     (rolled,) = stage.roll_out(dmd.Course(stage.pool.buckets[0], 2, from_picture=True))
     made, kept = rolled.chunks[1], 1
     seen = stage.noised(rolled, 1, kept)
-    wanted = made.motion if align else rolled.talk.real[1]
+    wanted = made.motion if align else rolled.talk.motion[1]
     assert torch.equal(seen.clean[:, :, :2], wanted)
     assert torch.equal(seen.x[:, :, :2], wanted) == clean
     assert torch.equal(seen.clean[:, :, 2:], made.guesses[kept][:, :, 2:])

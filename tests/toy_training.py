@@ -43,6 +43,7 @@ TRAIN: dict[str, Any] = {
         "micro_batch": 1,
         "chunks": 2,
         "critic_updates": 2,
+        "mouth_weight": 1.0,
         "student": OPTIMISER,
         "critic": OPTIMISER,
     },

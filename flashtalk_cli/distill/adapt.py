@@ -56,6 +56,13 @@ def face_weight(box: Tensor, shape: torch.Size, weight: float) -> Tensor:
     return 1 + (weight - 1) * (down[:, :, None] * across[:, None])[:, None, None]
 
 
+def around_mouth(box: Tensor, free: Tensor, shape: torch.Size) -> Tensor:
+    """What is `free` [B, 1, T, 1, 1] and in the box [B, 4], as weights of latents of `shape`; all of it where no box is known."""
+    inside = free * (face_weight(box, shape, 2.0) - 1)
+    unknown = (inside.flatten(1).sum(1) == 0).view(-1, 1, 1, 1, 1)
+    return torch.where(unknown, free, inside)
+
+
 def adapt_loss(dit: DiT, batch: Batch, stage: Adapt, generator: Generator) -> Tensor:
     """The loss of stage 1 on a batch: a scalar."""
     clean = batch.latents
@@ -101,9 +108,7 @@ def hearing(dit: DiT, batch: Batch, shift: float, generator: Generator) -> Tenso
     time = losses.draw_times(len(noise), shift, generator)
     free = losses.free_mask(batch.latents, batch.held)
     x = torch.lerp(batch.latents, losses.noised(batch.latents, noise, time), free)
-    mouth = free * (face_weight(batch.box, batch.latents.shape, 2.0) - 1)
-    unknown = (mouth.flatten(1).sum(1) == 0).view(-1, 1, 1, 1, 1)
-    mouth = torch.where(unknown, free, mouth)  # no box: everywhere
+    mouth = around_mouth(batch.box, free, batch.latents.shape)
 
     def error(windows: Tensor) -> Tensor:
         velocity = velocity_of(dit, x, time, batch.y, batch.text, batch.tokens, windows).detach()

@@ -99,6 +99,7 @@ class Distill(Frozen):
     carry: float = Field(0.0, ge=0, lt=1)  # rollouts that go on where an earlier one had come to: see `dmd`
     clean_motion: bool = True  # teacher and critic see the motion latents clean, not noised
     align_motion: bool = True  # ... and the student's own, not those of the real clip
+    mouth_weight: float = Field(0.0, ge=0)  # of the student's error around the mouth on real clips
     text_guidance: float = Field(3.0, ge=0)
     audio_guidance: float = Field(4.0, ge=0)
 

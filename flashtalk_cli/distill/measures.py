@@ -13,6 +13,7 @@ Per frame, against the picture that the person was given:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,33 +157,39 @@ class Lips:
     lag_frames: float  # the best one's median; positive: the picture is late
     worst: float  # the person with the lowest correlation
     closed: float  # mean gap where the truth is closed, over the gap of wide open
-    people: int
+    each: tuple[float, ...]  # everyone's correlation; NaN: nothing to say
+
+    @property
+    def people(self) -> int:
+        """Who had something to say."""
+        return sum(not math.isnan(one) for one in self.each)
 
 
 def compare_lips(found: np.ndarray, truth: np.ndarray) -> Lips:
     """Gaps [P, T] that were measured against true ones [P, T]; scales do not matter."""
-    best, now, lags, closed = [], [], [], []
+    each, now, lags, closed = [], [], [], []
     for mine, theirs in zip(found, truth, strict=True):
         if theirs.std() < 1e-4:
+            each.append(math.nan)
             continue
         by_lag = {lag: _correlation(mine, theirs, lag) for lag in range(-MAX_LAG_FRAMES, MAX_LAG_FRAMES + 1)}
         lag = max(by_lag, key=lambda lag: by_lag[lag])
-        best.append(by_lag[lag])
+        each.append(by_lag[lag])
         now.append(by_lag[0])
         lags.append(lag)
         shut = theirs < 0.05 * np.quantile(theirs, 0.95)
         wide = np.quantile(mine, 0.95)
         if shut.any() and wide > 0:
             closed.append(float(np.clip(mine[shut], 0, None).mean() / wide))
-    if not best:
-        return Lips(float("nan"), float("nan"), float("nan"), float("nan"), float("nan"), 0)
+    if not now:
+        return Lips(math.nan, math.nan, math.nan, math.nan, math.nan, tuple(each))
     return Lips(
-        correlation=float(np.mean(best)),
+        correlation=float(np.nanmean(each)),
         correlation_now=float(np.mean(now)),
         lag_frames=float(np.median(lags)),
-        worst=float(np.min(best)),
-        closed=float(np.mean(closed)) if closed else float("nan"),
-        people=len(best),
+        worst=float(np.nanmin(each)),
+        closed=float(np.mean(closed)) if closed else math.nan,
+        each=tuple(each),
     )
 
 

@@ -40,6 +40,7 @@ class Panel:
     colour: Statistics
     picture_latent: Tensor
     sound: list[np.ndarray]  # at the gain of use; sample 0 is the beginning of frame 0
+    engines: list[str]  # whose voice each speaks with: espeak, flite or kokoro
     encoders: Encoders
 
     def __len__(self) -> int:
@@ -70,12 +71,13 @@ def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel
     bank = SpeechBank(bank_folder, "held_out")
     n_frames = sampling.new_frames * max(plan.long_chunks, plan.short_chunks)
     n_shown = sampling.new_frames * plan.short_chunks
-    specs, performances, sound = [], [], []
+    specs, performances, sound, engines = [], [], [], []
     for number in range(plan.people):
         rng = np.random.default_rng((41, number))
         spec = draw_person(HELD_OUT_FROM + FIRST_PERSON + number)
         speech = bank.draw(rng, n_frames + sampling.fps)
         specs.append(spec)
+        engines.append(speech.voice.partition(":")[0])
         performances.append(perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number))
         gain = loudness_gain(speech.samples, base.hearing.loudness_lufs)
         sound.append((speech.samples * np.float32(gain)).astype(np.float32))
@@ -108,5 +110,6 @@ def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel
         colour=colour_of(encoded["colour"].to(encoders.device)),
         picture_latent=latents[:, :, :1],
         sound=sound,
+        engines=engines,
         encoders=encoders,
     )

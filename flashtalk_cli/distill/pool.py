@@ -80,7 +80,9 @@ class Talk:
     colour: Statistics
     picture_latent: Tensor  # [B, 16, 1, h, w]
     windows: list[Tensor]  # of each chunk [B, F, 5, layers, dim]
-    real: list[Tensor]  # of each chunk, the first two latents of the clip there [B, 16, 2, h, w]
+    clip: list[Tensor]  # of each chunk, the clip's own latents there [B, 16, T, h, w]
+    motion: list[Tensor]  # the first of them, those that a chunk is given [B, 16, 2, h, w]
+    box: Tensor  # float32 [B, 4] in pixels; zeros: unknown
 
 
 @dataclass(frozen=True)
@@ -181,10 +183,10 @@ class Bucket:
         index, picture = people.window, people.picture
         y, tokens = self._picture(picture)
         text = self.texts[self.text[index]]
-        windows, real = [], []
+        windows, clip = [], []
         for _ in range(n_chunks):
             windows.append(windows_of(self.rows["heard"].take(index)))
-            real.append(self.rows["latents"].take(index)[:, :, : self.motion_latents].float())
+            clip.append(self.rows["latents"].take(index).float())
             index = self.next[index]
         return Talk(
             y=y,
@@ -193,7 +195,9 @@ class Bucket:
             colour=colour_of(self.colour[picture]),
             picture_latent=y[:, MASK_CHANNELS:, :1],
             windows=windows,
-            real=real,
+            clip=clip,
+            motion=[latents[:, :, : self.motion_latents] for latents in clip],
+            box=self.box[people.window],
         )
 
     def _picture(self, picture: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,10 +34,13 @@ def write(
     """Write eval.json, eval.md, plots and strips into a folder; the table's path."""
     out.mkdir(parents=True, exist_ok=True)
     held = [{"name": own.name, "lips": vars(own.lips), "seen": own.seen} for own in yardsticks]
+    about = about | {"engines": panel.engines}
     found = {"about": about, "yardsticks": held, "results": [result.summary() for result in results]}
     (out / "eval.json").write_text(json.dumps(_finite(found), indent=1) + "\n", encoding="utf-8")
     path = out / "eval.md"
-    path.write_text(table(results, yardsticks), encoding="utf-8")
+    lips = [(own.name, own.lips) for own in yardsticks] + [(one.name, one.lips) for one in results]
+    voices = by_voice(lips, panel.engines)
+    path.write_text(table(results, yardsticks) + "\n" + voices, encoding="utf-8")
     for result in results:
         stem = result.name.replace(" ", "-").replace(",", "")
         shown = torch.cat([panel.pictures[:, None], result.strip], dim=1)
@@ -73,11 +76,24 @@ def table(results: Sequence[Result], yardsticks: Sequence[Yardstick]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def by_voice(lips: Sequence[tuple[str, Lips]], engines: Sequence[str]) -> str:
+    """Mean lips of the people who speak with each engine's voices, as a Markdown table."""
+    kinds = sorted(set(engines))
+    whose = np.asarray(engines)
+    rows = [("lips r by voices", *(f"{kind}, {engines.count(kind)} people" for kind in kinds))]
+    rows.append(tuple("---" for _ in rows[0]))
+    for name, found in lips:
+        spoke = np.asarray(found.each)
+        means = (spoke[(whose == kind) & np.isfinite(spoke)] for kind in kinds)
+        rows.append((name, *(f"{some.mean():.3f}" if len(some) else "" for some in means)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def _finite(value: Any) -> Any:
     """Numbers that are none as null, which is all that JSON has for them."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

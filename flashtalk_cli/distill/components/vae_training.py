@@ -82,7 +82,7 @@ class Plan:
 FINER = Plan(
     only_decoder=True,
     turned=False,
-    unlike=1.0,
+    unlike=3.0,
     rate=1e-3,
     rate_others=5e-4,
     batches=(

@@ -19,7 +19,7 @@ import logging
 import multiprocessing
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from flashtalk_cli.distill.people.perform import FPS
 from flashtalk_cli.distill.people.phonemes import Sound
 from flashtalk_cli.distill.people.sentences import draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
-from flashtalk_cli.distill.people.voices import Utterance, Voice, draw_voice, say
+from flashtalk_cli.distill.people.voices import ENGINES, Utterance, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
@@ -72,10 +72,10 @@ def _level(utterance: Utterance) -> Utterance:
     return Utterance(np.clip(utterance.samples * (TARGET_RMS / rms), -1, 1), utterance.sounds)
 
 
-def _voice_group(job: tuple[int, bool]) -> list[tuple[Voice, str, Utterance]]:
-    seed, held_out = job
+def _voice_group(job: tuple[int, bool, Sequence[str]]) -> list[tuple[Voice, str, Utterance]]:
+    seed, held_out, engines = job
     rng = np.random.default_rng((9, seed, held_out))
-    voice, language = draw_voice(rng, held_out=held_out)
+    voice, language = draw_voice(rng, held_out=held_out, engines=engines)
     found = []
     for number in range(SENTENCES_A_VOICE):
         text = draw_sentence(seed * SENTENCES_A_VOICE + number + (HELD_OUT_FROM if held_out else 0), language)
@@ -83,8 +83,8 @@ def _voice_group(job: tuple[int, bool]) -> list[tuple[Voice, str, Utterance]]:
     return found
 
 
-def make(into: Path, split: str, hours: float, workers: int) -> None:
-    """Makes one split, `train` or `held_out`, of at least so many hours."""
+def make(into: Path, split: str, hours: float, workers: int, engines: Sequence[str] = ENGINES) -> None:
+    """Makes one split, `train` or `held_out`, of at least so many hours, with voices of these engines."""
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         raise InputError("ffmpeg is not installed: apt-get install ffmpeg")
@@ -99,7 +99,7 @@ def make(into: Path, split: str, hours: float, workers: int) -> None:
         multiprocessing.get_context("spawn").Pool(workers) as pool,
     ):
         while have < wanted:
-            jobs = [(seed + offset, split == "held_out") for offset in range(8 * workers)]
+            jobs = [(seed + offset, split == "held_out", engines) for offset in range(8 * workers)]
             for group in pool.imap(_voice_group, jobs):
                 for voice, text, utterance in group:
                     starts.append(have)
@@ -244,10 +244,11 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=3.5)
     parser.add_argument("--held-out-hours", type=float, default=0.25)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="whose voices")
     given = parser.parse_args()
     setup(debug=True)
-    make(given.into, "train", given.hours, given.workers)
-    make(given.into, "held_out", given.held_out_hours, given.workers)
+    make(given.into, "train", given.hours, given.workers, given.engines)
+    make(given.into, "held_out", given.held_out_hours, given.workers, given.engines)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import ctypes.util
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,29 +26,24 @@ from flashtalk_cli.distill.people.phonemes import FLITE, Sound, spell
 from flashtalk_cli.errors import InputError
 
 FLITE_VOICES = ("kal16", "awb", "rms", "slt")
+# espeak-ng's own throats, and those that its users gave it: the more of them, the less one listens to a throat
 ESPEAK_VARIANTS = (
-    "",
-    "+m1",
-    "+m2",
-    "+m3",
-    "+m4",
-    "+m5",
-    "+m6",
-    "+m7",
-    "+f1",
-    "+f2",
-    "+f3",
-    "+f4",
-    "+f5",
-    "+klatt2",
-    "+croak",
+    *("", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+m8", "+f1", "+f2", "+f3", "+f4", "+f5"),
+    *("+klatt", "+klatt2", "+klatt3", "+klatt4", "+klatt6", "+croak", "+whisper"),
+    *("+Alex", "+Alicia", "+Andrea", "+Andy", "+Annie", "+Denis", "+Diogo", "+Gene", "+Henrique", "+Hugo"),
+    *("+Jacky", "+Lee", "+Marco", "+Mario", "+Michael", "+Mike", "+Nguyen", "+Storm", "+Tweaky"),
+    *("+adam", "+anika", "+antonio", "+aunty", "+belinda", "+benjamin", "+boris", "+caleb", "+david", "+ed"),
+    *("+edward", "+grandma", "+grandpa", "+iven", "+john", "+kaukovalta", "+linda", "+max", "+michel"),
+    *("+miguel", "+norbert", "+pablo", "+paul", "+pedro", "+quincy", "+rob", "+robert", "+sandro", "+shelby"),
+    *("+steph", "+travis", "+victor", "+zac"),
 )
-HELD_OUT_FLITE = ("slt", "rms")
 HELD_OUT_VARIANTS = ("+f2", "+m3")
-# What part of the voices drawn for training are whose; espeak-ng's are the rest. Kokoro's sound human, flite's
-# and festival's nearly, and a listener learns people from them.
-TRAIN_SHARES = {"flite": 0.1, "festival": 0.2, "kokoro": 0.5}
-HELD_OUT_FLITE_SHARE = 0.42
+HELD_OUT_FLITE = ("slt", "rms")
+# What part of the voices drawn are whose. Kokoro's sound human, flite's and festival's nearly, and a listener
+# learns people from them.
+TRAIN_SHARES = {"flite": 0.1, "festival": 0.2, "kokoro": 0.4, "espeak": 0.3}
+HELD_OUT_SHARES = {"flite": 0.25, "kokoro": 0.4, "espeak": 0.35}
+ENGINES = tuple(TRAIN_SHARES)
 
 _RETRIEVAL, _PHONEME_EVENTS, _PHONEME_IPA, _UTF8 = 1, 1, 2, 1
 _EVENT_PHONEME, _EVENT_END = 7, 0
@@ -69,7 +65,7 @@ class Voice:
         if self.engine == "flite":
             return self.name in HELD_OUT_FLITE
         if self.engine == "kokoro":
-            return self.name in kokoro.HELD_OUT
+            return self.name.partition("+")[0] in kokoro.HELD_OUT
         return self.engine == "espeak" and self.name.endswith(HELD_OUT_VARIANTS)
 
 
@@ -228,15 +224,17 @@ def _say_espeak(voice: Voice, text: str) -> Utterance:
 _SAY = {"espeak": _say_espeak, "flite": _say_flite, "festival": _say_festival, "kokoro": _say_kokoro}
 
 
-def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]:
-    """A voice and the language it speaks, from those of training or from those kept from it.
-
-    The held-out draws never change: the held-out bank is fixed, and its seeds must stay its voices.
-    """
+def draw_voice(
+    rng: np.random.Generator, *, held_out: bool, engines: Sequence[str] = ENGINES
+) -> tuple[Voice, str]:
+    """A voice of one of these engines and the language it speaks, from those of training or from those kept from it."""
     from flashtalk_cli.distill.people.sentences import HELD_OUT_LANGUAGES, LANGUAGES
 
     speed, pitch = float(rng.uniform(0.78, 1.25)), float(rng.uniform(0.85, 1.18))
-    engine = _drawn_engine(rng.random(), held_out)
+    shares = {
+        e: share for e, share in (HELD_OUT_SHARES if held_out else TRAIN_SHARES).items() if e in engines
+    }
+    engine = str(rng.choice(list(shares), p=np.asarray(list(shares.values())) / sum(shares.values())))
     if engine == "flite":
         names = [name for name in FLITE_VOICES if (name in HELD_OUT_FLITE) == held_out]
         return Voice("flite", str(rng.choice(names)), speed, pitch), "en"
@@ -244,8 +242,9 @@ def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]
         name = str(rng.choice(tuple(festival.SPEAKERS)))
         return Voice("festival", name, speed, pitch), festival.SPEAKERS[name].language
     if engine == "kokoro":
-        name = str(rng.choice(kokoro.SPEAKERS))
-        others = [other for other in kokoro.SPEAKERS if other[0] == name[0] and other != name]
+        speakers = kokoro.HELD_OUT if held_out else kokoro.SPEAKERS
+        name = str(rng.choice(speakers))
+        others = [other for other in speakers if other[0] == name[0] and other != name]
         if others and rng.random() < 0.5:
             name += "+" + str(rng.choice(others))
         return Voice("kokoro", name, speed, pitch), kokoro.ACCENTS[name[0]][0]
@@ -254,12 +253,3 @@ def draw_voice(rng: np.random.Generator, *, held_out: bool) -> tuple[Voice, str]
     variants = [v for v in ESPEAK_VARIANTS if (v in HELD_OUT_VARIANTS) == held_out]
     base = str(rng.choice(("en-us", "en", "en-gb-scotland"))) if language == "en" else language
     return Voice("espeak", base + str(rng.choice(variants)), speed, float(rng.uniform(0.4, 1.6))), language
-
-
-def _drawn_engine(share: float, held_out: bool) -> str:
-    shares = {"flite": HELD_OUT_FLITE_SHARE} if held_out else TRAIN_SHARES
-    for engine, part in shares.items():
-        if share < part:
-            return engine
-        share -= part
-    return "espeak"
