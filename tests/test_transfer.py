@@ -40,7 +40,7 @@ def test_an_encoder_that_hears_the_same_is_read_the_same(seed: int, n_frames: in
     asked = draw(2, 20, 2, 3)
     was = layer.gives(asked)
     off = transfer.rows(new_of(asked), n_frames) @ weight.T + bias - was
-    assert off.square().mean().sqrt() < 0.03 * was.std()
+    assert off.square().mean().sqrt() < 0.06 * was.std()  # the ridge's own share
 
 
 def test_rows_are_the_windows_of_the_network() -> None:
@@ -64,7 +64,7 @@ def test_a_model_is_written_whole_with_its_new_encoder(
     before = tiny_model.write(tmp_path / "model")["dit"]
     speech.save_weights(speech.build_trainable(speech.MINI, 0), tmp_path / "speech.safetensors")
     paths = (tmp_path / "bank", str(tmp_path / "model"), tmp_path / "speech.safetensors", tmp_path / "out")
-    kept = transfer.write(*paths, windows=4)
+    kept = transfer.write(*paths, windows=4, engines=("espeak", "flite"))
     assert set(kept) == {"audio_proj.proj1", "audio_proj.proj1_vf"}
     out = find(str(tmp_path / "out"))
     assert [report.problem for report in verify_folder(out)] == [""] * 5

@@ -56,7 +56,7 @@ class Plan:
     seconds: float = 300.0
     fill_s: float = 25.0  # of drawing windows before it
     pool_windows: int = 6000
-    batch: int = 64
+    batch: int = 48
     rate: float = 1.5e-3
     warm_up_steps: int = 400
     average: float = 0.999

@@ -1,11 +1,11 @@
 """Give a motion network another speech encoder without training the network again.
 
-    python -m flashtalk_cli.distill.components.transfer BANK MODEL SPEECH OUT
+    python -m flashtalk_cli.distill.components.transfer BANK MODEL SPEECH OUT --engines espeak flite
 
 A motion network knows one speech encoder's features and no others', but all that it does with them begins with two linear
 layers (`models/audio.py`). Those are fitted anew, by least squares, so that of the features of SPEECH, weights that
-`components.train speech` wrote, they give what they gave of MODEL's encoder's: over windows of those voices of BANK that
-the old encoder learned from, which it hears well. Where the new one tells the same sounds in other voices, the network
+`components.train speech` wrote, they give what they gave of MODEL's encoder's: over windows of BANK, of those engines' voices
+that the old encoder learned from, which it hears well. Where the new one tells the same sounds in other voices, the network
 is then moved by voices that it never understood. OUT is the whole model, in the released layout.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 from flashtalk_cli.distill.components import speech
 from flashtalk_cli.distill.components.speech import draw_windows, hear
 from flashtalk_cli.distill.people.bank import SpeechBank
+from flashtalk_cli.distill.people.voices import ENGINES
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 from flashtalk_cli.models.dit import DitParams
@@ -36,7 +38,6 @@ log = logging.getLogger(__name__)
 
 WINDOWS, WINDOWS_AT_ONCE, WINDOWS_ASKED = 600, 40, 24
 RIDGE = 1e-3  # of the features' mean power
-ENGINES = ("espeak", "flite")  # whose voices the first embedded model's encoder learned from
 
 
 @dataclass
@@ -110,9 +111,14 @@ def transfer(
 
 
 def write(
-    bank_folder: Path, model: str, weights: Path, out: Path, windows: int = WINDOWS
+    bank_folder: Path,
+    model: str,
+    weights: Path,
+    out: Path,
+    windows: int = WINDOWS,
+    engines: Sequence[str] = ENGINES,
 ) -> dict[str, float]:
-    """The command: what `transfer` returns. Raises InputError where OUT is there already."""
+    """The command: what `transfer` returns. Raises InputError where OUT is there already, or the bank has no such voices."""
     if out.exists():
         raise InputError(f"{out} is there already: choose another folder")
     folder, cpu = find(model), torch.device("cpu")
@@ -121,9 +127,9 @@ def write(
     new.load_state_dict(load_file(weights))
     tensors = {name: value for path in folder.files("dit") for name, value in load_file(path).items()}
     config = folder.config()
-    kept = transfer(
-        tensors, DitParams.from_config(config), old, new, learned(SpeechBank(bank_folder, "train")), windows
-    )
+    bank = SpeechBank(bank_folder, "train")
+    bank.keep(lambda voice: voice.partition(":")[0] in engines)
+    kept = transfer(tensors, DitParams.from_config(config), old, new, bank, windows)
     shutil.copytree(folder.path, out)
     sizes = {"audio_layers": speech.MINI["num_hidden_layers"], "audio_dim": speech.MINI["hidden_size"]}
     write_config(out, {**config, **sizes})
@@ -133,12 +139,6 @@ def write(
     return kept
 
 
-def learned(bank: SpeechBank) -> SpeechBank:
-    """The bank with voices of `ENGINES` alone."""
-    bank.keep(lambda voice: voice.startswith(ENGINES))
-    return bank
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -146,9 +146,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("speech", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="whose voices")
     given = parser.parse_args()
     setup(debug=True)
-    kept = write(given.bank, given.model, given.speech, given.out)
+    kept = write(given.bank, given.model, given.speech, given.out, engines=given.engines)
     log.info("kept of their variance: %s", {name: round(share, 3) for name, share in kept.items()})
 
 
