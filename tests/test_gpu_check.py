@@ -54,3 +54,18 @@ def test_kernels_are_checked_before_anything_is_timed(script: ModuleType) -> Non
     assert script.main(["goals"]) == 0
     assert script.ran[0] == "kernels against plain code"
     assert len(script.ran) == 6
+
+
+@pytest.mark.parametrize("gpus", ["1", "2", "4"])
+def test_goals_are_measured_on_as_many_gpus_as_there_are(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, gpus: str
+) -> None:
+    """Together, in every number format, and alone; one GPU has nobody to be together with."""
+    monkeypatch.setattr(script, "GPUS", gpus)
+    monkeypatch.setattr(script, "find_spec", lambda name: object())
+    assert script.main(["goals"]) == 0
+    formats = ["bf16", "fp8", "fp8 and its attention"]
+    together = [] if gpus == "1" else [f"{name} on {gpus} GPUs" for name in formats]
+    assert script.ran[: 1 + len(together)] == ["kernels against plain code", *together]
+    assert sorted(script.ran[1 + len(together) : -1]) == sorted(f"{name} on one GPU" for name in formats)
+    assert script.ran[-1] == f"a step's kernels on {gpus} GPUs"
