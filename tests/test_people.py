@@ -400,6 +400,17 @@ def small_bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_bank_without_held_out_voices_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Example: festival trains alone; that is said before an hour of it has been spoken."""
+    monkeypatch.setattr("sys.argv", ["bank", str(tmp_path / "bank"), "--engines", "festival"])
+    with pytest.raises(SystemExit):
+        bank_module.main()
+    assert "name one of flite, kokoro, espeak too" in capsys.readouterr().err
+    assert not (tmp_path / "bank").exists()
+
+
 @needs_voices
 def test_bank_gives_back_what_was_said(small_bank: Path) -> None:
     """Parity: an utterance out of the bank is the spoken one, in place to 10 ms, sounds included."""

@@ -195,7 +195,7 @@ class DistillStage:
     def mouth_error(self, predict: Predict, talk: Talk, chunk: int, time: float) -> Tensor:
         """How far the student's guess of the real chunk, noised to a step's time, is from it around the mouth: a scalar.
 
-        DMD's own regression (Yin et al. 2023, section 4.2), on clips in place of pairs: matching distributions asks for
+        DMD's own regression (Yin et al. 2023, section 3.3), on clips in place of pairs: matching distributions asks for
         lips that could have been meant by what is heard, this for the likeliest.
         """
         real, motion = talk.clip[chunk], talk.motion[chunk]

@@ -65,7 +65,8 @@ class Layer:
         assert isinstance(self.power, Tensor)
         assert isinstance(self.shared, Tensor)
         power = self.power.double()
-        power.diagonal().add_(RIDGE * power.diagonal().mean())
+        features = power.diagonal()[:-1]  # the bias is free: where the features' origin lies must not matter
+        features.add_(RIDGE * features.mean())
         found = torch.linalg.solve(power, self.shared.double()).float()
         return found[:-1].T.contiguous(), found[-1].contiguous()
 

@@ -4,7 +4,7 @@
 
 writes `train.opus`, `train.npz`, `held_out.opus` and `held_out.npz`: utterances one after another
 and an index with their places, voices, texts and sounds. Held-out voices and sentences are in the
-second pair alone. Making it needs espeak-ng, flite, festival with its voices
+second pair alone. Making it needs what speaks (`--engines` leaves some out): espeak-ng, flite, festival with its voices
 (`festival.SPEAKERS` names them; each is a package festvox-...), Kokoro's files (`kokoro.py` says which and where)
 and ffmpeg; using it needs only soundfile.
 
@@ -31,7 +31,7 @@ from flashtalk_cli.distill.people.perform import FPS
 from flashtalk_cli.distill.people.phonemes import Sound
 from flashtalk_cli.distill.people.sentences import draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
-from flashtalk_cli.distill.people.voices import ENGINES, Utterance, Voice, draw_voice, say
+from flashtalk_cli.distill.people.voices import ENGINES, HELD_OUT_SHARES, Utterance, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
@@ -246,6 +246,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="whose voices")
     given = parser.parse_args()
+    if not HELD_OUT_SHARES.keys() & set(given.engines):
+        parser.error(
+            f"{' '.join(given.engines)}: no voice of it is held out; name one of {', '.join(HELD_OUT_SHARES)} too"
+        )
     setup(debug=True)
     make(given.into, "train", given.hours, given.workers, given.engines)
     make(given.into, "held_out", given.held_out_hours, given.workers, given.engines)
