@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Iterator
 from itertools import pairwise
@@ -37,9 +38,9 @@ from flashtalk_cli.distill.people.phonemes import (
     spell,
 )
 from flashtalk_cli.distill.people.render import Clip, Detail
-from flashtalk_cli.distill.people.sentences import ENGLISH, HELD_OUT_ENGLISH, LANGUAGES, draw_sentence
+from flashtalk_cli.distill.people.sentences import ENGLISH, HELD_OUT_ENGLISH, LANGUAGES, OTHERS, draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
-from flashtalk_cli.distill.people.voices import ENGINES, Voice, draw_voice, say
+from flashtalk_cli.distill.people.voices import ENGINES, Utterance, Voice, draw_voice, say
 from flashtalk_cli.errors import InputError
 
 ROUGH = Detail(texture=192, strands=150, sky_directions=2, shadow_side=48)
@@ -364,6 +365,42 @@ def test_held_out_words_and_voices_are_never_trained_on() -> None:
             draw_sentence(HELD_OUT_FROM + s, language) for s in range(40)
         }
         assert not common
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_most_of_what_training_hears_are_words_that_nobody_has_heard(language: str) -> None:
+    """Property: two in five words of training and more are in no phrase, and most of those are heard once. (With few words to be
+    heard, a listener learns those by heart and not their sounds.)"""
+    phrases = "|".join(ENGLISH.values()) if language == "en" else OTHERS[language]
+    word_of = re.compile(r"[^\s|,.?!']+")
+    known = set(word_of.findall(phrases.lower()))
+    words = [w for seed in range(300) for w in word_of.findall(draw_sentence(seed, language).lower())]
+    new = [word for word in words if word not in known]
+    assert len(new) > 0.4 * len(words)
+    assert len(set(new)) > 0.5 * len(new)
+
+
+def test_a_voice_that_cannot_say_a_sentence_is_given_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: the next one is tried; who can say nothing at all is heard of."""
+    asked: list[str] = []
+
+    def say_third(voice: Voice, text: str) -> Utterance:
+        asked.append(text)
+        if len(asked) < 3:
+            raise InputError("cannot say that")
+        return Utterance(np.zeros(3, np.float32), ())
+
+    monkeypatch.setattr(bank_module, "say", say_third)
+    text, _ = bank_module._said(Voice("flite", "awb"), "en", 5)
+    assert text == asked[-1]
+    assert len(set(asked)) == 3
+
+    def say_nothing(voice: Voice, text: str) -> Utterance:
+        raise InputError("flite is not installed")
+
+    monkeypatch.setattr(bank_module, "say", say_nothing)
+    with pytest.raises(InputError, match="not installed"):
+        bank_module._said(Voice("flite", "awb"), "en", 5)
 
 
 @needs_voices

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 GAP_SAMPLES = SAMPLE_RATE_HZ // 10
 SENTENCES_A_VOICE = 6
+ATTEMPTS, ATTEMPTS_APART = 8, 50_000_000  # to find a sentence that a voice can say, and between their seeds
 BITRATE = "14k"
 TARGET_RMS = 0.08
 
@@ -78,9 +79,22 @@ def _voice_group(job: tuple[int, bool, Sequence[str]]) -> list[tuple[Voice, str,
     voice, language = draw_voice(rng, held_out=held_out, engines=engines)
     found = []
     for number in range(SENTENCES_A_VOICE):
-        text = draw_sentence(seed * SENTENCES_A_VOICE + number + (HELD_OUT_FROM if held_out else 0), language)
-        found.append((voice, text, _level(say(voice, text))))
+        first = seed * SENTENCES_A_VOICE + number + (HELD_OUT_FROM if held_out else 0)
+        text, utterance = _said(voice, language, first)
+        found.append((voice, text, _level(utterance)))
     return found
+
+
+def _said(voice: Voice, language: str, seed: int) -> tuple[str, Utterance]:
+    """A sentence of the voice's language, of that seed or a later one: some voices cannot say every invented word."""
+    for attempt in range(ATTEMPTS):
+        text = draw_sentence(seed + attempt * ATTEMPTS_APART, language)
+        try:
+            return text, say(voice, text)
+        except InputError:
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError
 
 
 def make(into: Path, split: str, hours: float, workers: int, engines: Sequence[str] = ENGINES) -> None:

@@ -7,6 +7,8 @@ words that training never uses.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
@@ -40,10 +42,6 @@ PATTERNS = (
     "{ask} {what} {where}?",
     "{say}!",
 )
-# Words that no language has, by their beginnings, middles and ends: whoever knows few words learns those by heart.
-BEGINS = "b|bl|br|ch|d|dr|f|fl|fr|g|gl|gr|h|j|k|kl|kr|l|m|n|p|pl|pr|qu|r|s|sh|sk|sl|sm|sn|sp|st|str|sw|t|th|tr|tw|v|w|y|z|"
-MIDDLES = "a|e|i|o|u|ee|oo|ai|ow|oy|ar|or|er|ea|igh|oa|au|ire|aw"
-ENDS = "b|ck|d|f|g|ll|m|mp|n|nd|ng|nk|nt|p|rd|rk|rm|rn|s|sh|sk|sp|st|t|th|tch|ve|x|z||||"
 OTHERS = {  # language of espeak-ng (and of a festival voice, if it has one) -> words to be strung together
     "de": "der kleine Fuchs|springt über|die grüne Brücke|heute Morgen|vielleicht|ich möchte|einen Apfel und ein Buch|wir fahren nach Hause|schöne Häuser|fünf Bäume|bitte|das Wetter|war gestern furchtbar|meine Schwester|kauft neue Schuhe|warum nicht|jeden Abend|auf dem Tisch",
     "fr": "le petit garçon|mange une pomme|dans le jardin|aujourd'hui|je voudrais|un bon vin blanc|nous partons demain|peut-être|la lune est belle|chez ma grand-mère|beaucoup de monde|il pleut encore|une voiture bleue|à bientôt|où est la gare|vous parlez trop vite|deux heures et demie",
@@ -66,6 +64,8 @@ LANGUAGES = ("en", *OTHERS)
 # What held-out voices speak: fixed, so that languages added later leave the held-out bank as it is.
 HELD_OUT_LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "pl", "ru", "tr", "sv", "hi", "ja")
 HELD_OUT_WORDS = 3  # the last words of each other language are kept from training
+# Whoever knows few words learns those by heart: in training most sentences are of words that nobody has heard.
+INVENTED_SHARE = 0.75
 
 
 def _english(rng: np.random.Generator, words: dict[str, str]) -> str:
@@ -77,29 +77,32 @@ def _english(rng: np.random.Generator, words: dict[str, str]) -> str:
     return pattern[0].upper() + pattern[1:]
 
 
-def _invented(rng: np.random.Generator) -> str:
+def _invented(rng: np.random.Generator, language: str) -> str:
+    """Words that the language does not have: each the beginning of one that it has, and the end of another."""
+    phrases = "|".join(ENGLISH.values() if language == "en" else _others(language, held_out=False))
+    known = re.findall(r"[^\s|,.?!']+", phrases)
+
     def word() -> str:
-        parts = [
-            str(rng.choice(letters.split("|")))
-            for _ in range(int(rng.integers(1, 4)))
-            for letters in (BEGINS, MIDDLES, ENDS)
-        ]
-        return "".join(parts)
+        begins, ends = (str(one) for one in rng.choice(known, 2))
+        return begins[: rng.integers(1, len(begins) + 1)] + ends[rng.integers(len(ends)) :]
 
     words = [word() + ("," if rng.random() < 0.12 else "") for _ in range(int(rng.integers(3, 10)))]
     return " ".join(words).strip(",").capitalize() + str(rng.choice((".", ".", "?")))
 
 
+def _others(language: str, *, held_out: bool) -> list[str]:
+    words = OTHERS[language].split("|")
+    return words[-HELD_OUT_WORDS:] if held_out else words[:-HELD_OUT_WORDS]
+
+
 def draw_sentence(seed: int, language: str = "en") -> str:
-    """The sentence of that seed in a language of `LANGUAGES`; half of those in English, for training, mean nothing."""
+    """The sentence of that seed in a language of `LANGUAGES`; most of those for training mean nothing."""
     rng = np.random.default_rng((5, seed))
     held_out = seed >= HELD_OUT_FROM
+    if not held_out and rng.random() < INVENTED_SHARE:
+        return _invented(rng, language)
     if language == "en":
-        if not held_out and rng.random() < 0.5:
-            return _invented(rng)
         return _english(rng, HELD_OUT_ENGLISH if held_out else ENGLISH)
-    words = OTHERS[language].split("|")
-    words = words[-HELD_OUT_WORDS:] if held_out else words[:-HELD_OUT_WORDS]
-    chosen = rng.choice(words, size=int(rng.integers(2, 6)))
+    chosen = rng.choice(_others(language, held_out=held_out), size=int(rng.integers(2, 6)))
     commas = (", " if rng.random() < 0.25 else " " for _ in chosen)
     return "".join(word + comma for word, comma in zip(chosen, commas, strict=True)).strip(" ,") + "."
