@@ -129,7 +129,7 @@ def _blocks(video: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gaps_of(crops: Tensor, widths: Tensor) -> Tensor:
-    """Gap between the lips in pixels [P, T] from crops of mouths uint8 [P, T, 3, 32, 32].
+    """Gap between the lips in pixels [P, T] from crops of mouths uint8 [P, T, 3, 48, 48].
 
     The meter compares with a median over time: it is taken over stretches of some ten seconds.
     """
@@ -143,7 +143,7 @@ def gaps_of(crops: Tensor, widths: Tensor) -> Tensor:
 
 
 def mouth_crops(frames: Tensor, boxes: Tensor) -> Tensor:
-    """Squares around the mouths as bytes: uint8 [P, T, 3, 32, 32]."""
+    """Squares around the mouths as bytes: uint8 [P, T, 3, 48, 48]."""
     crops = crop_mouths(frames, boxes)
     return ((crops + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

@@ -1,9 +1,10 @@
 """How far a mouth is open, read from frames alone: for pictures whose truth is not known.
 
 The instrument is a small convolutional network, calibrated on rendered people whose lip gap is
-known exactly: `python -m flashtalk_cli.distill.people.measure BANK` makes it anew in a minute on a
+known exactly: `python -m flashtalk_cli.distill.people.measure BANK` makes it anew in two minutes on a
 GPU. It sees the mouth in a frame beside the median of the clip, so that lips, beards and light of
-a person cancel out, and is trained on blurred, noisy, recoloured and badly framed crops, so that
+a person cancel out. It learns as it is used, on stretches of ten seconds, in which heads turn and
+mouths wander about their box, and on blurred, noisy, recoloured and badly framed crops, so that
 it bears with what a generative model makes. `accuracy` tells how well it agrees with the truth on
 held-out people.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,21 +25,23 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, grid_sample, interpolate, smooth_l1_loss
 
 from flashtalk_cli.distill.people.bank import SpeechBank
-from flashtalk_cli.distill.people.clips import Batch, ClipStream, Drawing
+from flashtalk_cli.distill.people.clips import ClipStream, Drawing, render_clips
+from flashtalk_cli.distill.people.render import Clip
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
 
 METER_FILE = Path(__file__).with_name("mouth_meter.safetensors")
-CROP_PX = 32
+CROP_PX, FACE_PX = 48, 32
 CROP_SPAN = 1.25  # side of the crop over the width of the mouth's box
 FACE_SPAN, FACE_ABOVE = 3.0, 0.6  # the same of a face's, and how far its middle lies above the mouth's
-KEPT_BATCHES, STEPS_A_BATCH = 24, 12
+STRETCH_FRAMES, EVERY_FRAMES = 250, 6  # ten seconds, of which some frames are rendered
+CLIPS, KEPT_BATCHES, STEPS_A_BATCH = 48, 24, 12
 
 
 class MouthMeter(nn.Module):
-    """Crops [N, 6, 32, 32] (a frame, the clip's median) -> gap over the box's width [N]."""
+    """Crops [N, 6, 48, 48] (a frame, the clip's median) -> gap over the box's width [N]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +53,7 @@ class MouthMeter(nn.Module):
             layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.SiLU()]
             before = width
         self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(before * 4, 1)
+        self.head = nn.Linear(before * (CROP_PX >> len(widths)) ** 2, 1)
 
     def forward(self, crops: Tensor) -> Tensor:
         """The gap of each crop."""
@@ -57,33 +61,33 @@ class MouthMeter(nn.Module):
 
 
 def crop_mouths(frames: Tensor, boxes: Tensor) -> Tensor:
-    """Squares around the mouths: frames uint8 [B, T, H, W, 3], boxes [B, 4] -> [B, T, 3, 32, 32] in -1..1."""
-    return _crop(frames, boxes, CROP_SPAN, 0.0)
+    """Squares around the mouths: frames uint8 [B, T, H, W, 3], boxes [B, 4] -> [B, T, 3, 48, 48] in -1..1."""
+    return _crop(frames, boxes, CROP_PX, CROP_SPAN, 0.0)
 
 
 def crop_faces(frames: Tensor, boxes: Tensor) -> Tensor:
-    """The same of what lies around a mouth's box between brows and chin."""
-    return _crop(frames, boxes, FACE_SPAN, FACE_ABOVE)
+    """The same of what lies around a mouth's box between brows and chin, 32 px a side."""
+    return _crop(frames, boxes, FACE_PX, FACE_SPAN, FACE_ABOVE)
 
 
-def _crop(frames: Tensor, boxes: Tensor, span: float, above: float) -> Tensor:
-    """Squares that are so many times as wide as the boxes, and so many widths above them."""
+def _crop(frames: Tensor, boxes: Tensor, side_px: int, span: float, above: float) -> Tensor:
+    """Squares of `side_px` pixels that are so many times as wide as the boxes, and so many widths above them."""
     batch, count, height, width, _ = frames.shape
     boxes = boxes.to(frames.device, torch.float32)
     wide = boxes[:, 2] - boxes[:, 0]
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 - torch.stack([torch.zeros_like(wide), above * wide], 1)
     side = wide * span
-    steps = (torch.arange(CROP_PX, device=frames.device) + 0.5) / CROP_PX - 0.5
+    steps = (torch.arange(side_px, device=frames.device) + 0.5) / side_px - 0.5
     y, x = torch.meshgrid(steps, steps, indexing="ij")
     where = centre[:, None, None] + torch.stack([x, y], -1) * side[:, None, None, None]
     size = torch.tensor([width, height], device=frames.device)
-    grid = (where / size * 2 - 1)[:, None].expand(-1, count, -1, -1, -1).reshape(-1, CROP_PX, CROP_PX, 2)
+    grid = (where / size * 2 - 1)[:, None].expand(-1, count, -1, -1, -1).reshape(-1, side_px, side_px, 2)
     pictures = frames.reshape(-1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-    shrink = max(1, int(side.mean() / CROP_PX))
+    shrink = max(1, int(side.mean() / side_px))
     if shrink > 1:
         pictures = avg_pool2d(pictures, shrink)
     crops = grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return crops.reshape(batch, count, 3, CROP_PX, CROP_PX)
+    return crops.reshape(batch, count, 3, side_px, side_px)
 
 
 def beside_median(crops: Tensor) -> Tensor:
@@ -131,29 +135,43 @@ def _worsen(crops: Tensor) -> Tensor:
     return crops.flip(-1) if torch.rand(()) < 0.5 else crops
 
 
-def _training_pair(batch: Batch) -> tuple[Tensor, Tensor]:
-    boxes = batch.mouth_box
+def _stretches(
+    bank: SpeechBank, n_clips: int, first: int, device: str, workers: int = 0, *, held_out: bool = False
+) -> Iterator[Clip]:
+    """Stretches of ten seconds, `n_clips` at once, without end; a few frames of each second are in them."""
+    drawing = Drawing(n_frames=STRETCH_FRAMES, batch=n_clips, held_out=held_out)
+    for plans in ClipStream(bank, drawing, first=first, device=device, workers=workers).plans:
+        yield render_clips(
+            [plan.spec for plan in plans],
+            [plan.performance.every(EVERY_FRAMES) for plan in plans],
+            (drawing.height_px, drawing.width_px),
+            device,
+            backdrops=[plan.backdrop for plan in plans],
+        )
+
+
+def _training_pair(clip: Clip) -> tuple[Tensor, Tensor]:
+    boxes = clip.mouth_box
     wide = (boxes[:, 2:3] - boxes[:, :1]).clamp_min(4.0)
     off = (torch.rand_like(boxes[:, :2]) - 0.5) * 0.2 * wide
     grown = wide * (1 + (torch.rand_like(wide) - 0.5) * 0.3)
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + off
     loose = torch.cat([centre - grown / 2, centre + grown / 2], 1)
-    crops = _worsen(crop_mouths(batch.frames, loose))
-    return beside_median(crops), (batch.opening_px / grown).flatten()
+    crops = _worsen(crop_mouths(clip.frames, loose))
+    return beside_median(crops), (clip.opening_px / grown).flatten()
 
 
 def calibrate(bank: SpeechBank, device: str, seconds: float, workers: int) -> MouthMeter:
     """Trains the instrument on rendered people for about so many seconds."""
     meter = MouthMeter().to(device)
     optimiser = torch.optim.AdamW(meter.parameters(), lr=2e-3, weight_decay=1e-3)
-    drawing = Drawing(n_frames=33, batch=48)
     began, losses = time.perf_counter(), []
-    kept: list[Batch] = []
-    for batch in ClipStream(bank, drawing, first=2_000_000, device=device, workers=workers):
+    kept: list[Clip] = []
+    for clip in _stretches(bank, CLIPS, 2_000_000, device, workers):
         done = (time.perf_counter() - began) / seconds
         if done >= 1:
             break
-        kept = [*kept[1 - KEPT_BATCHES :], batch]
+        kept = [*kept[1 - KEPT_BATCHES :], clip]
         for group in optimiser.param_groups:
             group["lr"] = 2e-3 * min(1.0, 20 * done + 0.02, 1.02 - done)
         for _ in range(
@@ -171,13 +189,12 @@ def calibrate(bank: SpeechBank, device: str, seconds: float, workers: int) -> Mo
 
 @torch.inference_mode()
 def accuracy(meter: MouthMeter, bank: SpeechBank, device: str, n_clips: int = 32) -> np.ndarray:
-    """Correlation with the truth over 4 seconds of each held-out clip in which someone speaks, [n]."""
-    drawing = Drawing(n_frames=100, batch=4, held_out=True)
+    """Correlation with the truth over ten seconds of each held-out clip in which someone speaks, [n]."""
     found: list[float] = []
-    for batch in ClipStream(bank, drawing, device=device):
-        wide = batch.mouth_box[:, 2:3] - batch.mouth_box[:, :1]
-        gap = meter(beside_median(crop_mouths(batch.frames, batch.mouth_box))).view(len(wide), -1) * wide
-        for measured, truth in zip(gap.cpu().numpy(), batch.opening_px.cpu().numpy(), strict=True):
+    for clip in _stretches(bank, 4, 0, device, held_out=True):
+        wide = clip.mouth_box[:, 2:3] - clip.mouth_box[:, :1]
+        gap = meter(beside_median(crop_mouths(clip.frames, clip.mouth_box))).view(len(wide), -1) * wide
+        for measured, truth in zip(gap.cpu().numpy(), clip.opening_px.cpu().numpy(), strict=True):
             if truth.std() > 0.25:
                 found.append(float(np.corrcoef(measured, truth)[0, 1]))
         if len(found) >= n_clips:
@@ -190,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--into", type=Path, default=METER_FILE)
     given = parser.parse_args()

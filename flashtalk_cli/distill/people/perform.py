@@ -51,7 +51,14 @@ class Performance:
 
     def cut(self, start: int, end: int) -> Performance:
         """Frames start .. end."""
-        return replace(self, **{name: getattr(self, name)[start:end] for name in self.__dataclass_fields__})
+        return self._at(slice(start, end))
+
+    def every(self, step: int) -> Performance:
+        """Every so many frames, from the first."""
+        return self._at(slice(None, None, step))
+
+    def _at(self, frames: slice) -> Performance:
+        return replace(self, **{name: getattr(self, name)[frames] for name in self.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
