@@ -47,6 +47,7 @@ MINI: dict[str, Any] = {
     **{"feat_extract_norm": "group", "do_stable_layer_norm": False},
 }
 LAYER_WEIGHTS = (0.2, 0.4, 0.6, 1.0)
+SHAPES_WEIGHT = 20.0  # shapes are what moves lips, and their errors are small numbers beside a cross-entropy
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Plan:
     workers: int = 6
     measured_windows: int = 96
     seed: int = 0
+
+    def rate_at(self, step: int, spent_s: float) -> float:
+        """The learning rate: up over the first steps, down by a cosine to a hundredth over the time."""
+        cooled = 0.01 + 0.495 * (1 + math.cos(math.pi * min(1.0, spent_s / self.seconds)))
+        return self.rate * min(1.0, (step + 1) / self.warm_up_steps) * cooled
 
 
 TOY = Plan(pool_windows=8, batch=2, warm_up_steps=2, workers=0, measured_windows=2)
@@ -102,8 +108,61 @@ def reading_loss(read: tuple[Tensor, Tensor, Tensor], labels: Windows) -> Tensor
         sounds = F.cross_entropy(scores[:, :, i].flatten(0, 1), labels.sounds.flatten(), label_smoothing=0.03)
         shaped = F.smooth_l1_loss(shapes[:, :, i], labels.shapes, beta=0.1)
         loud = F.smooth_l1_loss(loudness[:, :, i], labels.loudness, beta=0.1)
-        total = total + weight * (sounds + 6 * shaped + loud)
+        total = total + weight * (sounds + SHAPES_WEIGHT * shaped + loud)
     return total / weights.sum()
+
+
+class Learner:
+    """The network, its readers, their moving average and the optimiser: what training goes on from."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        module = build_trainable(MINI, plan.seed)
+        readers = Readers(module.config.num_hidden_layers, module.config.hidden_size)
+        self.both = nn.ModuleDict({"module": module, "readers": readers}).to(device).train()
+        self.averaged = AveragedModel(self.both, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
+        fused = {"fused": True} if device != "cpu" else {}
+        self.optimizer = torch.optim.AdamW(
+            self.both.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.05, **fused
+        )
+        self.step, self.spent_s = 0, 0.0
+
+    @property
+    def best(self) -> tuple[Any, Readers]:
+        """The averaged network and its readers, for use."""
+        averaged: Any = self.averaged.module.eval()
+        return averaged["module"], averaged["readers"]
+
+    def learn(
+        self, samples: Tensor, labels: Windows, rate: float
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """One step; the loss and what was read."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        device = samples.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            read = self.both["readers"](features_of(self.both["module"], samples, labels.sounds.shape[1]))
+        loss = reading_loss(read, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.both.parameters(), 1.0)
+        self.optimizer.step()
+        self.averaged.update_parameters(self.both)
+        self.step += 1
+        return loss, read
+
+    def keep(self, path: Path) -> None:
+        """Write all of it under its name once it is whole."""
+        parts = {name: getattr(self, name).state_dict() for name in ("both", "averaged", "optimizer")}
+        part = path.with_name(f"{path.name}.part")
+        torch.save({**parts, "step": self.step, "spent_s": self.spent_s}, part)
+        part.replace(path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from what `keep` wrote."""
+        state = torch.load(path, map_location=next(self.both.parameters()).device, weights_only=True)
+        for name in ("both", "averaged", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.step, self.spent_s = state["step"], state["spent_s"]
 
 
 def train(
@@ -111,22 +170,21 @@ def train(
     plan: Plan,
     device: str,
     save: Callable[[nn.Module, int], None] | None = None,
+    kept: Path | None = None,
 ) -> tuple[Any, Readers, list[dict[str, float]]]:
     """Trains for `plan.seconds` after drawing; returns the averaged network, its readers, and a log.
 
-    save(network, step): called about every minute.
+    save(network, step): called about every minute. kept: a file that then remembers everything; if it is there
+    already, training goes on from it, for what is left of its seconds.
     """
-    pool = WindowPool(bank, plan.pool_windows, device, plan.workers, plan.seed)
-    module = build_trainable(MINI, plan.seed)
-    readers = Readers(module.config.num_hidden_layers, module.config.hidden_size)
-    both = nn.ModuleDict({"module": module, "readers": readers}).to(device).train()
-    averaged = AveragedModel(both, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
-    fused = {"fused": True} if device != "cpu" else {}
-    optimizer = torch.optim.AdamW(
-        both.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.05, **fused
-    )
-    generator = torch.Generator(device).manual_seed(plan.seed)
-    rng = np.random.default_rng(plan.seed)
+    learner = Learner(plan, device)
+    if kept and kept.exists():
+        learner.resume(kept)
+        log.info("speech: goes on from step %d, after %.0f s", learner.step, learner.spent_s)
+    seed = plan.seed + learner.step  # what was heard before is not heard again in the same order
+    pool = WindowPool(bank, plan.pool_windows, device, plan.workers, seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    rng = np.random.default_rng(seed)
     filled_s = time.monotonic() + plan.fill_s
     while pool.count < min(plan.batch, plan.pool_windows) or (
         pool.count < plan.pool_windows and time.monotonic() < filled_s
@@ -134,42 +192,32 @@ def train(
         pool.add()
     log.info("speech: %d windows of 8 s", pool.count)
     lines: list[dict[str, float]] = []
+    before_s = learner.spent_s
     began_s = said_s = saved_s = time.monotonic()
-    step = 0
-    while (spent_s := time.monotonic() - began_s) < plan.seconds:
-        rate = min(1.0, (step + 1) / plan.warm_up_steps) * (
-            0.01 + 0.495 * (1 + math.cos(math.pi * spent_s / plan.seconds))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate * rate
+    while learner.spent_s < plan.seconds:
         samples, labels = vary(pool.draw(plan.batch, generator), generator, rng)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
-            heard = features_of(module, samples, labels.sounds.shape[1])
-            read = readers(heard)
-        loss = reading_loss(read, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        averaged.update_parameters(both)
-        step += 1
-        if step % 4 == 0:
+        loss, read = learner.learn(samples, labels, plan.rate_at(learner.step, learner.spent_s))
+        if learner.step % 2 == 0:
             pool.add()
-        if step <= 3 or time.monotonic() - said_s > 10:
-            line = {
-                "step": step,
-                "seconds": round(spent_s, 1),
-                "loss": round(loss.item(), 4),
-                **accuracy(read, labels),
-            }
-            log.info("speech %s", line)
-            lines.append(line)
+        if learner.step <= 3 or time.monotonic() - said_s > 10:
+            lines.append(
+                {
+                    "step": learner.step,
+                    "seconds": round(learner.spent_s, 1),
+                    "loss": round(loss.item(), 4),
+                    **accuracy(read, labels),
+                }
+            )
+            log.info("speech %s", lines[-1])
             said_s = time.monotonic()
-        if save and time.monotonic() - saved_s > 60:
-            save(averaged.module.get_submodule("module"), step)
+        learner.spent_s = before_s + time.monotonic() - began_s
+        if time.monotonic() - saved_s > 60 or learner.spent_s >= plan.seconds:
             saved_s = time.monotonic()
-    best: Any = averaged.module.eval()
-    return best["module"], best["readers"], lines
+            if kept:
+                learner.keep(kept)
+            if save:
+                save(learner.best[0], learner.step)
+    return *learner.best, lines
 
 
 # Sounds that look alike: by the shape of the mouth that makes them.

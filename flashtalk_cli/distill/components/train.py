@@ -116,7 +116,7 @@ def train_speech(bank: Path, out: Path, seconds: float, device: str, plan: speec
     plan = replace(
         plan, seconds=seconds - plan.fill_s - 0.2 * plan.measured_windows - (time.monotonic() - began_s)
     )
-    module, readers, lines = speech.train(spoken, plan, device, save)
+    module, readers, lines = speech.train(spoken, plan, device, save, out / "speech.state")
     speech.save_weights(module, out / "speech.safetensors")
     count = plan.measured_windows
     figures = {

@@ -124,7 +124,7 @@ def vary(windows: Windows, generator: Generator, rng: np.random.Generator) -> tu
         1, keepdim=True
     )
     played = _interrupted(played, generator)
-    silent = torch.rand(count, 1, generator=generator, device=device) * 1.3 - 1.0  # one in four: up to 30 %
+    silent = torch.rand(count, 1, generator=generator, device=device) * 3.6 - 2.7  # one in four: up to 90 %
     began = torch.linspace(0, 1, played.shape[1], device=device) >= silent
     heard = torch.linspace(0, 1, n_frames, device=device) >= silent
     labels = Windows(played, labels.sounds * heard, labels.shapes * heard[..., None], labels.loudness * heard)
