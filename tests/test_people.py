@@ -26,7 +26,7 @@ from flashtalk_cli.distill.people.clips import Drawing, draw_plan, render_clips
 from flashtalk_cli.distill.people.figure import LOWER_LIP, UPPER_LIP
 from flashtalk_cli.distill.people.hair import STYLES
 from flashtalk_cli.distill.people.head import load_head, unit_names
-from flashtalk_cli.distill.people.measure import mouth_opening_from_frames
+from flashtalk_cli.distill.people.measure import accuracy, load_meter, mouth_opening_from_frames
 from flashtalk_cli.distill.people.perform import FPS, Manner, Performance, articulate, begin_smiling, perform
 from flashtalk_cli.distill.people.person import BACKDROPS, GARMENTS, HAIR_STYLES, PersonSpec
 from flashtalk_cli.distill.people.phonemes import (
@@ -522,6 +522,14 @@ def test_measured_opening_follows_the_truth() -> None:
         measured = mouth_opening_from_frames(clip.frames[0].numpy(), tuple(clip.mouth_box[0].tolist()))
         found.append(np.corrcoef(measured, clip.opening_px[0].numpy())[0, 1])
     assert min(found) > 0.9
+
+
+@needs_voices
+def test_measured_opening_follows_the_truth_while_heads_turn(small_bank: Path) -> None:
+    """Parity: the same over the ten seconds at a time for which evaluation uses it, in people as they are drawn."""
+    found = accuracy(load_meter(), SpeechBank(small_bank, "held_out"), "cpu", n_clips=3)
+    assert len(found) >= 3
+    assert np.median(found) > 0.9
 
 
 def test_example_assets_are_what_the_package_promises() -> None:
