@@ -7,7 +7,7 @@
 
 The first two run side by side; the third goes on with the VAE's decoder alone, at any time later; the fourth only measures a VAE.
 Each writes its weights to OUT about every minute and at its end, and what it measured to OUT/vae.json and
-OUT/speech.json; the first trains the image encoder too. `--seconds` is all the time that a command takes, measuring at
+OUT/speech.json; the first trains the image encoder too, and the second, ended early, goes on from OUT/speech.state. `--seconds` is all the time that a command takes, measuring at
 its end included.
 """
 
@@ -109,6 +109,7 @@ def train_speech(bank: Path, out: Path, seconds: float, device: str, plan: speec
     """Trains the speech encoder, measures on held-out voices and sentences, and writes all."""
     began_s = time.monotonic()
     spoken, unheard = SpeechBank(bank, "train"), SpeechBank(bank, "held_out")
+    kept = out / "speech.state"
 
     def save(module: nn.Module, step: int) -> None:
         speech.save_weights(module, out / "speech.safetensors")
@@ -116,7 +117,7 @@ def train_speech(bank: Path, out: Path, seconds: float, device: str, plan: speec
     plan = replace(
         plan, seconds=seconds - plan.fill_s - 0.2 * plan.measured_windows - (time.monotonic() - began_s)
     )
-    module, readers, lines = speech.train(spoken, plan, device, save, out / "speech.state")
+    module, readers, lines = speech.train(spoken, plan, device, save, kept)
     speech.save_weights(module, out / "speech.safetensors")
     count = plan.measured_windows
     figures = {
@@ -131,6 +132,7 @@ def train_speech(bank: Path, out: Path, seconds: float, device: str, plan: speec
     }  # fmt: skip
     log.info("speech %s %s", figures["held_out"], figures["opening_read"])
     write_json(out / "speech.json", figures)
+    kept.unlink(missing_ok=True)  # done: the same command begins another
 
 
 def held_out_clips(bank: Path, count: int, device: str, n_frames: int = 33, side_px: int = 144) -> Tensor:

@@ -1,8 +1,8 @@
 """How far a mouth is open, read from frames alone: for pictures whose truth is not known.
 
 The instrument is a small convolutional network, calibrated on rendered people whose lip gap is
-known exactly: `python -m flashtalk_cli.distill.people.measure BANK` makes it anew in two minutes on a
-GPU. It sees the mouth in a frame beside the median of the clip, so that lips, beards and light of
+known exactly: `python -m flashtalk_cli.distill.people.measure BANK` makes it anew in two and a half
+minutes on a GPU. It sees the mouth in a frame beside the median of the clip, so that lips, beards and light of
 a person cancel out. It learns as it is used, on stretches of ten seconds, in which heads turn and
 mouths wander about their box, and on blurred, noisy, recoloured and badly framed crops, so that
 it bears with what a generative model makes. `accuracy` tells how well it agrees with the truth on
@@ -207,7 +207,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bank", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--into", type=Path, default=METER_FILE)
     given = parser.parse_args()
