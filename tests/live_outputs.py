@@ -85,6 +85,20 @@ def send_claps(encoder: LiveEncoder, first: int, n_frames: int, piece: int = 5) 
         assert encoder.write(*claps(at, min(piece, first + n_frames - at)), limit_s=20)
 
 
+def send_until(encoder: LiveEncoder, first: int, what: Callable[[], object], limit_s: float = 30.0) -> int:
+    """Send on, faster than real time, until it is so: the next frame.
+
+    A sink's ffmpeg that has nothing to read tells nothing of what it wrote before, so one waits while it is fed.
+    """
+    deadline = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        send_claps(encoder, first, 5)
+        first += 5
+        time.sleep(0.05)
+    return first
+
+
 def wait_for(what: Callable[[], object], limit_s: float = 15.0) -> None:
     deadline = time.monotonic() + limit_s
     while not what():

@@ -22,6 +22,7 @@ from live_outputs import (
     of_kind,
     quick,
     send_claps,
+    send_until,
     times,
     wait_for,
 )
@@ -43,12 +44,11 @@ def test_segments_go_on_when_their_writer_is_killed(tmp_path):
     told: list[str] = []
     playlist = tmp_path / "hls" / "index.m3u8"
     with live([parse_target("hls", str(playlist.parent))], told) as encoder:
-        send_claps(encoder, 0, 125)
-        wait_for(lambda: of_kind(encoder, "hls").state == "live" and playlist.exists())
+        sent = send_until(encoder, 0, lambda: of_kind(encoder, "hls").state == "live" and playlist.exists())
         os.kill(encoder.sink_pids[0], signal.SIGKILL)
-        send_claps(encoder, 125, 125)
-        wait_for(lambda: of_kind(encoder, "hls").reconnects == 1 and of_kind(encoder, "hls").state == "live")
-        send_claps(encoder, 250, 125)
+        sent = send_until(encoder, sent, lambda: of_kind(encoder, "hls").reconnects == 1)
+        sent = send_until(encoder, sent, lambda: of_kind(encoder, "hls").state == "live")
+        send_claps(encoder, sent, 125)
         assert encoder.end(10)
     text = playlist.read_text()
     assert text.count("DISCONTINUITY\n") == 1

@@ -69,7 +69,7 @@ def test_the_server_and_a_viewer_get_every_frame(server, tmp_path):
         wait_for(lambda: "play: name=" in server.log())
         with live([parse_target("rtmp", f"{server.address}/{KEY}")], told) as encoder:
             send_claps(encoder, 0, 4 * CLAP_FRAMES)
-            wait_for(lambda: of_kind(encoder, "rtmp").state == "live")
+            wait_for(lambda: encoder.sink_pids)
             arguments = Path(f"/proc/{encoder.sink_pids[0]}/cmdline").read_bytes()
             assert encoder.end(10), encoder.statistics()
             found = of_kind(encoder, "rtmp")
