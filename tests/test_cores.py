@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashtalk_cli.config import Sampling
+from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
-from flashtalk_cli.models.weights import load_dit
+from flashtalk_cli.models.weights import load_dit, load_speech_encoder, load_vae
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.pipeline import cores
 from flashtalk_cli.pipeline.cores import FreeCores, Reading, threads_beside
+from flashtalk_cli.pipeline.session import Models, begin, prepare, step
 
 CPU = torch.device("cpu")
 
@@ -88,25 +92,43 @@ def test_who_sets_the_number_sets_the_most() -> None:
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    """The embedded network's blocks in the precision this machine takes: one thread and two give the same."""
-    dit = load_dit(resolve("mini"), CPU, torch.bfloat16)
-    weight = dit.params
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    text = draw(5, weight.text_dim).bfloat16()
-    image = draw(1, 17, weight.image_dim).bfloat16()
-    windows = draw(1, 33, 5, weight.audio_layers, weight.audio_dim).bfloat16()
-    x, y, t = draw(1, 16, 9, 18, 18), draw(1, 20, 9, 18, 18), torch.tensor([500.0])
+def with_threads(what: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """What comes of it with one thread, two and three."""
     before, outs = torch.get_num_threads(), []
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            with torch.no_grad():
-                outs.append(dit(x, t, y, dit.condition(text, image), dit.hear(windows), Sequence()))
+            outs.append(what())
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*outs)
+    return outs
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_chunk() -> None:
+    """The embedded networks in the precision that this machine takes, and the colours."""
+    sampling, generator = Sampling(steps=2), torch.Generator().manual_seed(0)
+    folder, dtype = resolve("mini"), choose_dtype("auto", CPU)
+    dit, vae = load_dit(folder, CPU, dtype), load_vae(folder, CPU, dtype)
+    models = Models(dit, vae, sampling, CPU, Sequence())
+    weight = dit.params
+    picture = torch.rand(3, 144, 144, generator=generator) * 2 - 1
+    text = torch.randn(5, weight.text_dim, generator=generator)
+    image = torch.randn(1, 17, weight.image_dim, generator=generator)
+    heard = torch.randn(1, 33, 5, weight.audio_layers, weight.audio_dim, generator=generator)
+
+    def frames() -> torch.Tensor:
+        conditions = prepare(models, picture, text, image)
+        return torch.cat(list(step(models, conditions, begin(conditions, 1), heard)), dim=2)
+
+    one, two, three = with_threads(frames)
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+def test_the_number_of_threads_changes_no_bit_of_what_is_heard() -> None:
+    """Among ten sounds of 8 s some have a mean whose float32 sum depends on it."""
+    encoder = load_speech_encoder(resolve("mini"), CPU, torch.float32)
+    sounds = torch.randn(10, 8 * 16_000, generator=torch.Generator().manual_seed(0))
+    one, two, three = with_threads(lambda: torch.stack([encoder.encode(sound, 200) for sound in sounds]))
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)

@@ -71,11 +71,15 @@ def speech_name(key: str) -> str | None:
 
 
 def fold_weight_norm(module: nn.Module) -> None:
-    """Compute the normalised weight of the position convolution once, not in every call."""
+    """Compute the normalised weight of the position convolution once, not in every call.
+
+    In float64: a sum in float32 depends on how many threads share it.
+    """
     convolution = module.get_submodule(POSITIONS)
     if nn.utils.parametrize.is_parametrized(convolution, "weight"):
-        nn.utils.parametrize.remove_parametrizations(convolution, "weight")
-        convolution.weight.requires_grad_(False)
+        dtype = convolution.bias.dtype
+        nn.utils.parametrize.remove_parametrizations(convolution.double(), "weight")
+        convolution.to(dtype).weight.requires_grad_(False)
 
 
 def features(module: Any, samples: Tensor, n_frames: int) -> Tensor:
@@ -129,7 +133,9 @@ class SpeechEncoder:
         weight = next(self.module.parameters())
 
         def hear(x: Tensor) -> Tensor:
-            x = (x - x.mean(1, keepdim=True)) / torch.sqrt(x.var(1, correction=0, keepdim=True) + 1e-7)
+            wide = x.double()  # a sum in float32 depends on how many threads share it
+            mean, var = wide.mean(1, keepdim=True), wide.var(1, correction=0, keepdim=True)
+            x = (x - mean.float()) / torch.sqrt(var.float() + 1e-7)
             return features_of(self.module, x.to(weight.dtype), n_frames)
 
         x = samples.to(weight.device, torch.float32)

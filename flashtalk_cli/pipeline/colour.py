@@ -80,12 +80,11 @@ class Statistics:
     def of(lab: Tensor, tiles: Tiles = WHOLE) -> Statistics:
         """Measure L, a, b [B, 3, T, H, W], of whole frames or of this rank's tile of them.
 
-        A tile's moments about zero add up to the frame's. They are made of its own mean and variance,
-        which float32 gives exactly enough, and summed in float64, where nothing is lost to cancellation.
+        A tile's moments about zero add up to the frame's. They are summed in float64, where nothing is lost to
+        cancellation, nor to the number of threads that share a sum.
         """
-        own_mean = lab.mean(dim=(3, 4), keepdim=True)
-        var = (lab - own_mean).square().mean(dim=(3, 4), keepdim=True).double()
-        mean = own_mean.double()
+        mean = lab.mean(dim=(3, 4), keepdim=True, dtype=torch.float64)
+        var = (lab - mean.to(lab.dtype)).square().mean(dim=(3, 4), keepdim=True, dtype=torch.float64)
         moments = torch.stack([torch.ones_like(mean), mean, var + mean.square()])
         pixels, first, second = tiles.sum(moments * (lab.shape[3] * lab.shape[4]))
         mean = first / pixels
