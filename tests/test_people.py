@@ -18,7 +18,7 @@ from PIL import Image
 
 from flashtalk_cli.distill.people import bank as bank_module
 from flashtalk_cli.distill.people import head as head_module
-from flashtalk_cli.distill.people import kokoro, raster
+from flashtalk_cli.distill.people import kokoro, measure, raster
 from flashtalk_cli.distill.people.assets import SPEECHES
 from flashtalk_cli.distill.people.bank import SpeechBank, disturb, loudness_of
 from flashtalk_cli.distill.people.clips import Drawing, draw_plan, render_clips
@@ -466,11 +466,14 @@ def test_measured_opening_follows_the_truth() -> None:
 
 
 @needs_voices
-def test_measured_opening_follows_the_truth_while_heads_turn(small_bank: Path) -> None:
+def test_measured_opening_follows_the_truth_while_heads_turn(
+    small_bank: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parity: the same over the ten seconds at a time for which evaluation uses it, in people as they are drawn."""
-    found = accuracy(load_meter(), SpeechBank(small_bank, "held_out"), "cpu", n_clips=3)
-    assert len(found) >= 3
-    assert np.median(found) > 0.9
+    monkeypatch.setattr(measure, "EVERY_FRAMES", 12)  # two a second: half the frames to render
+    found = accuracy(load_meter(), SpeechBank(small_bank, "held_out"), "cpu", n_clips=2)
+    assert len(found) >= 2
+    assert found.mean() > 0.9
 
 
 def test_example_assets_are_what_the_package_promises() -> None:

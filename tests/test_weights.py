@@ -88,7 +88,7 @@ def expected(component: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     convolution = "encoder.pos_conv_embed.conv"
     g, v = (tensors[f"{convolution}.parametrizations.weight.original{i}"] for i in (0, 1))
     rest = {key: value for key, value in tensors.items() if "parametrizations" not in key}
-    return rest | {f"{convolution}.weight": torch._weight_norm(v, g, 2)}
+    return rest | {f"{convolution}.weight": torch._weight_norm(v.double(), g.double(), 2).float()}
 
 
 def same(component: Component, folder: ModelFolder, tensors: dict[str, Tensor]) -> None:

@@ -191,7 +191,7 @@ def calibrate(bank: SpeechBank, device: str, seconds: float, workers: int) -> Mo
 def accuracy(meter: MouthMeter, bank: SpeechBank, device: str, n_clips: int = 32) -> np.ndarray:
     """Correlation with the truth over ten seconds of each held-out clip in which someone speaks, [n]."""
     found: list[float] = []
-    for clip in _stretches(bank, 4, 0, device, held_out=True):
+    for clip in _stretches(bank, min(4, n_clips), 0, device, held_out=True):
         wide = clip.mouth_box[:, 2:3] - clip.mouth_box[:, :1]
         gap = meter(beside_median(crop_mouths(clip.frames, clip.mouth_box))).view(len(wide), -1) * wide
         for measured, truth in zip(gap.cpu().numpy(), clip.opening_px.cpu().numpy(), strict=True):
