@@ -77,7 +77,7 @@ def fold_weight_norm(module: nn.Module) -> None:
     """
     convolution = module.get_submodule(POSITIONS)
     if nn.utils.parametrize.is_parametrized(convolution, "weight"):
-        dtype = convolution.bias.dtype
+        dtype = next(convolution.parameters()).dtype
         nn.utils.parametrize.remove_parametrizations(convolution.double(), "weight")
         convolution.to(dtype).weight.requires_grad_(False)
 
