@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashtalk_cli.errors import InputError
+from flashtalk_cli.errors import InputError, told_in_a_line
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
@@ -291,4 +291,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told_in_a_line(main)
