@@ -22,7 +22,7 @@ from flashtalk_cli.media import video_file
 from flashtalk_cli.media.part_file import PartFile, part_path
 from flashtalk_cli.media.probe import probe
 from flashtalk_cli.media.soundtrack import LEAD_S
-from flashtalk_cli.media.video_file import VideoFile
+from flashtalk_cli.media.video_file import VideoFile, file_behind
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,7 +126,7 @@ def limited(code: str, tmp_path: Path, *arguments: object) -> subprocess.Complet
     script = (
         "import sys, os, signal, time, resource, numpy as np; from pathlib import Path\n"
         "from flashtalk_cli.config import Encoding; from flashtalk_cli.errors import OutputError\n"
-        "from flashtalk_cli.media.video_file import VideoFile\n"
+        "from flashtalk_cli.media.video_file import VideoFile, file_behind\n"
         "noise = np.random.default_rng(0).integers(0, 256, (25, 64, 64, 3), dtype=np.uint8)\n"
         "def opened(n, output, audio=None, **more): return VideoFile(output, width_px=64, height_px=64, fps=25,\n"
         "    n_frames=n, audio=audio, encoding=Encoding(), **more)\n" + code
@@ -219,6 +219,45 @@ def test_a_disk_that_is_full_at_the_very_end(
                 assert record.getMessage().endswith("which plays too: No space left on device"), n_kib
     assert [*whole.values()] == sorted(whole.values()), whole
     assert set(whole.values()) == {False, True}
+
+
+def test_standard_output_into_a_file_on_a_full_disk(tmp_path: Path, sound: Path) -> None:
+    """Fault: the same with `-o - > FILE`: an end without an error means that all of it is there."""
+    whole = {}
+    for n_kib in (92, 96, 100, 104, 108, 150):
+        with small_disk(tmp_path / f"{n_kib}", n_kib) as disk, (disk / "a.mp4").open("wb") as output:
+            said = ""
+            try:
+                with opened(None, 63, sound, width_px=32, height_px=32, stdout=output.fileno()) as video:
+                    video.write(frames(63, side=32))
+                    video.finish()
+            except OutputError as error:
+                said = str(error)
+                assert said.startswith(
+                    "standard output: ffmpeg ended after 63 of 63 frames (No space left on device"
+                )
+            else:
+                in_step(probe(disk / "a.mp4"), 63, slack_s=PACKET_S)
+            whole[n_kib] = not said
+    assert set(whole.values()) == {False, True}, whole
+
+
+def test_what_standard_output_is(tmp_path: Path) -> None:
+    """Contract: only a file that is written from its start is read back, wherever it was moved since."""
+    read_end, write_end = os.pipe()
+    with (tmp_path / "new").open("wb") as new:
+        found = file_behind(new.fileno())
+        assert found is not None
+        (tmp_path / "new").rename(tmp_path / "moved")
+        assert found.samefile(tmp_path / "moved")
+        assert file_behind(write_end) is None
+        new.write(b"x")
+        new.flush()
+        assert file_behind(new.fileno()) is None
+    with (tmp_path / "moved").open("ab") as more:
+        assert file_behind(more.fileno()) is None
+    os.close(read_end)
+    os.close(write_end)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])

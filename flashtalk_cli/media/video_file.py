@@ -111,6 +111,7 @@ class VideoFile:
         options |= {"map_metadata": -1, "metadata": f"comment={comment}"}
         options |= {"format": self._container.muxer, "flush_packets": 1, **self._container.writing}
         self._part = None if output is None else PartFile(output, overwrite)
+        self._written = file_behind(stdout) if self._part is None else self._part.path
         try:
             self._feed: FfmpegFeed | None = self._start(options, audio, stdout)
         except BaseException:
@@ -162,7 +163,7 @@ class VideoFile:
         status, why = self._feed.end(), self._feed.cause()
         if status != 0 or not self._feed.took_everything() or _known([why]):
             raise self._failure(why)
-        if self._part is not None and (missing := self._missing(self._part.path)):
+        if self._written is not None and (missing := self._missing(self._written)):
             raise self._failure(missing)
         self._feed = None
         if self._part is None:
@@ -259,11 +260,20 @@ class VideoFile:
         return OutputError(f"{name}: ffmpeg ended after {progress} ({why}); {mend}{rest}")
 
     def _disk_is_full(self) -> bool:
-        """Whether the part's disk has nothing left to give."""
-        if self._part is None:
+        """Whether the disk that is written to has nothing left to give."""
+        if self._written is None:
             return False
-        disk = os.fstatvfs(self._part.descriptor)
+        disk = os.statvfs(self._written)
         return disk.f_bavail * disk.f_frsize < FULL_BYTES
+
+
+def file_behind(descriptor: int) -> Path | None:
+    """A path of the file that a descriptor is about to write from its start, as with `> FILE`; good while it is open.
+
+    None for pipes, terminals and files that hold something already, and where the system does not tell (Linux does).
+    """
+    path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
+    return path if path.is_file() and not os.fstat(descriptor).st_size else None
 
 
 def readable(path: Path) -> tuple[int, float]:
