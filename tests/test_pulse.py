@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -225,7 +227,28 @@ def test_a_dead_rank_is_seen_at_once() -> None:
     store.set("pulse-1", json.dumps(asdict(gone)))
     assert over.wait(10)
     assert heard == [Verdict(f"rank 1 on h, process {child.pid}, died; its log: log-1", told=True)]
-    assert pulse.is_alive(os.getpid())
+    assert pulse.state_of(os.getpid()) in "RS"
+
+
+def test_a_stopped_rank_is_seen_while_libraries_load() -> None:
+    """Fault: nobody takes it for one that is busy, in the first round either."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    os.kill(child.pid, signal.SIGSTOP)
+    store, heard, over = Memory(), [], threading.Event()
+    here = Pulse(2, 0, store, Traffic(), host="h", log="l")
+    store.set(
+        "pulse-1", json.dumps(asdict(Beat("h", "log-1", process=child.pid, space=pulse.process_space())))
+    )
+    begin_s = time.monotonic()
+    here.start(lambda verdict: (heard.append(verdict), over.set()))  # type: ignore[func-returns-value]
+    try:
+        assert over.wait(20)
+    finally:
+        here.end()
+        child.kill()
+        child.wait()
+    assert SILENT_S < time.monotonic() - begin_s < 10
+    assert heard[0].text.startswith("rank 1 on h gave no sign of life for 5 s: it was stopped")
 
 
 def test_exchanges_are_counted_as_the_gpu_comes_to_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ keeps for the run: how many exchanges it began, how many rounds of work it finis
 rank reads what all say and judges by the same rules, on any count of hosts:
 
     *silent*   no word from a rank for SILENT_S: it is stopped, or its host is gone
-    *dead*     its process is gone, as those on its machine see
+    *dead*     its process is gone, as those on its machine see; they see too whether it is stopped
     *stuck*    nobody began an exchange for STUCK_S, or three times the longest gap so far:
                it is the rank that began the fewest, for the others wait for it
     *ended*    a rank that failed said so in its last word
@@ -80,9 +80,13 @@ class Verdict:
 
 @dataclass
 class Judge:
-    """Looks at everybody's beats, time after time, with a clock that is given."""
+    """Looks at everybody's beats, time after time, with a clock that is given.
+
+    `is_stopped`: whether a rank's process is known to be stopped, and not busy with loading.
+    """
 
     size: int
+    is_stopped: Callable[[Beat], bool] = lambda _: False
     _looked_s: float = field(default=float("-inf"), init=False)
     _moved_s: float = field(default=0.0, init=False)  # when an exchange was last begun
     _heard_s: list[float] = field(default_factory=list, init=False)
@@ -118,10 +122,11 @@ class Judge:
         return min(beat.rounds for beat in self._last)
 
     def _silent(self, now_s: float) -> Verdict | None:
-        limit_s = SILENT_S if self._loaded else FIRST_S
         for rank, beat in enumerate(self._last):
             silent_s = now_s - self._heard_s[rank]
-            if silent_s > limit_s and beat.last_word is None:
+            if silent_s <= SILENT_S or beat.last_word is not None:
+                continue
+            if self._loaded or silent_s > FIRST_S or self.is_stopped(beat):
                 what = f"gave no sign of life for {silent_s:.0f} s: it was stopped, or its host hangs"
                 return Verdict(f"{beat.who(rank)} {what}; its log: {beat.log}")
         return None
@@ -250,7 +255,7 @@ def observe(
 
     `who` is the observer, for the error of a store that went away; `space` is where it sees processes.
     """
-    judge = Judge(len(keys))
+    judge = Judge(len(keys), lambda beat: _is_seen(beat, space) and state_of(beat.process) in "Tt")
     while not ended.wait(BEAT_S):
         between()
         try:
@@ -266,9 +271,14 @@ def observe(
 def _dead(beats: Sequence[Beat], space: str) -> Verdict | None:
     """The verdict on a rank whose process is gone without a word, if it ran where we can see that."""
     for rank, beat in enumerate(beats):
-        if space and beat.space == space and beat.last_word is None and not is_alive(beat.process):
+        if _is_seen(beat, space) and beat.last_word is None and state_of(beat.process) in "ZX":
             return Verdict(f"{beat.who(rank)}, process {beat.process}, died; its log: {beat.log}", told=True)
     return None
+
+
+def _is_seen(beat: Beat, space: str) -> bool:
+    """Whether its process runs where its number means the same as in `space`."""
+    return bool(space) and beat.space == space
 
 
 def process_space() -> str:
@@ -283,12 +293,12 @@ def process_space() -> str:
         return ""
 
 
-def is_alive(process: int) -> bool:
-    """Whether there is such a process that has not ended."""
+def state_of(process: int) -> str:
+    """What the system says of a process in a letter, as ps does: T stopped, Z ended, X gone; ? hidden from us."""
     try:
         state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    except OSError:  # hidden from us
-        return True
-    return state.split()[0] not in "ZX"
+        return "X"
+    except OSError:
+        return "?"
+    return state.split()[0]
