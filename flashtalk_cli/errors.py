@@ -19,9 +19,6 @@ invariants of the program; these are for the world outside it.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
 
 class FlashtalkError(Exception):
     """Base of all errors that end a command with one line and no traceback."""
@@ -94,14 +91,3 @@ def by_name(name: str) -> type[FlashtalkError]:
     """The error class of that name; `FlashtalkError` for a name that is none (a crash)."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, FlashtalkError) else FlashtalkError
-
-
-def told_in_a_line(command: Callable[[], object]) -> None:
-    """Run what `python -m` of a module of ours does: an error ends it with its line on stderr and its exit code."""
-    try:
-        command()
-    except FlashtalkError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED_EXIT_CODE)

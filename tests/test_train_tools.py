@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, ModelError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, ModelError
 
 DISTILL = "flashtalk_cli.distill"
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flashtalk_cli.distill.components import image, speech, vae
-from flashtalk_cli.errors import ModelError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import ModelError
 from flashtalk_cli.log import setup
 from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.export import (

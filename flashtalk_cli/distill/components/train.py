@@ -32,7 +32,7 @@ from flashtalk_cli.distill.components import image, speech, vae, vae_training
 from flashtalk_cli.distill.components.pool import ClipPool
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import Drawing, draw_plan, render_clips
-from flashtalk_cli.errors import told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
 from flashtalk_cli.log import setup
 from flashtalk_cli.models.vae import Vae
 

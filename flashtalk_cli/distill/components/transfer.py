@@ -27,7 +27,8 @@ from flashtalk_cli.distill.components import speech
 from flashtalk_cli.distill.components.speech import draw_windows, hear
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.voices import ENGINES
-from flashtalk_cli.errors import InputError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 from flashtalk_cli.models.dit import DitParams
 from flashtalk_cli.models.export import write_component, write_config, write_speech_config

@@ -22,7 +22,7 @@ from flashtalk_cli.distill.people.person import PersonSpec
 from flashtalk_cli.distill.people.render import Detail, film, prepare
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
 from flashtalk_cli.distill.people.voices import Voice, say
-from flashtalk_cli.errors import told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashtalk_cli.errors import InputError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)

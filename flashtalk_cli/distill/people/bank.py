@@ -32,7 +32,8 @@ from flashtalk_cli.distill.people.phonemes import Sound
 from flashtalk_cli.distill.people.sentences import draw_sentence
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
 from flashtalk_cli.distill.people.voices import ENGINES, HELD_OUT_SHARES, Utterance, Voice, draw_voice, say
-from flashtalk_cli.errors import InputError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import ClipStream, Drawing, Plan, draw_plan, motion_of, render_clips
 from flashtalk_cli.distill.people.figure import pose
 from flashtalk_cli.distill.people.render import film, prepare, project
-from flashtalk_cli.errors import told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)

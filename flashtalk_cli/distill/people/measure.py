@@ -27,7 +27,8 @@ from torch.nn.functional import avg_pool2d, grid_sample, interpolate, smooth_l1_
 from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import ClipStream, Drawing, render_clips
 from flashtalk_cli.distill.people.render import Clip
-from flashtalk_cli.errors import InputError, told_in_a_line
+from flashtalk_cli.distill.tool import told_in_a_line
+from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
 
 log = logging.getLogger(__name__)
