@@ -112,6 +112,7 @@ class VideoFile:
         options |= {"format": self._container.muxer, "flush_packets": 1, **self._container.writing}
         self._part = None if output is None else PartFile(output, overwrite)
         self._written = file_behind(stdout) if self._part is None else self._part.path
+        self._descriptor = stdout if self._part is None else self._part.descriptor
         try:
             self._feed: FfmpegFeed | None = self._start(options, audio, stdout)
         except BaseException:
@@ -263,17 +264,19 @@ class VideoFile:
         """Whether the disk that is written to has nothing left to give."""
         if self._written is None:
             return False
-        disk = os.statvfs(self._written)
+        disk = os.fstatvfs(self._descriptor)  # the name may be gone
         return disk.f_bavail * disk.f_frsize < FULL_BYTES
 
 
 def file_behind(descriptor: int) -> Path | None:
     """A path of the file that a descriptor is about to write from its start, as with `> FILE`; good while it is open.
 
-    None for pipes, terminals and files that hold something already, and where the system does not tell (Linux does).
+    None for pipes, terminals, files that hold something already or that we may only write, and where the system
+    does not tell (Linux does).
     """
     path = Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-    return path if path.is_file() and not os.fstat(descriptor).st_size else None
+    is_new = path.is_file() and not os.fstat(descriptor).st_size
+    return path if is_new and os.access(path, os.R_OK) else None
 
 
 def readable(path: Path) -> tuple[int, float]:
