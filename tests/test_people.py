@@ -26,7 +26,15 @@ from flashtalk_cli.distill.people.figure import LOWER_LIP, UPPER_LIP
 from flashtalk_cli.distill.people.hair import STYLES
 from flashtalk_cli.distill.people.head import load_head, unit_names
 from flashtalk_cli.distill.people.measure import accuracy, load_meter, mouth_opening_from_frames
-from flashtalk_cli.distill.people.perform import FPS, Manner, Performance, articulate, begin_smiling, perform
+from flashtalk_cli.distill.people.perform import (
+    FPS,
+    Manner,
+    Performance,
+    articulate,
+    begin_elsewhere,
+    begin_smiling,
+    perform,
+)
 from flashtalk_cli.distill.people.person import BACKDROPS, GARMENTS, HAIR_STYLES, PersonSpec
 from flashtalk_cli.distill.people.phonemes import (
     CLASSES,
@@ -332,6 +340,21 @@ def test_a_talk_that_begins_smiling_soon_is_the_talk_it_was() -> None:
         assert more[0, smile] > 0.1
         assert more.min() >= 0
         assert more[75:].max() < 0.01
+
+
+def test_a_talk_begun_elsewhere_soon_is_the_talk_it_was() -> None:
+    """Property: its first frame has the mouth of one of the others and its own eyes; a second later all is its own."""
+    sounds = a_sentence("a", "m", "o", "s", "ae", each_s=0.2, start_s=0.5)
+    plain = perform(draw_person(3), sounds, np.ones(100), unit_names(), seed=1)
+    jaw, lid = unit_names().index("jawOpen"), unit_names().index("eyeBlinkLeft")
+    begun = []
+    for seed in range(40):
+        posed = begin_elsewhere(plain, unit_names(), np.random.default_rng(seed)).curves
+        assert (np.abs(plain.curves[:, jaw] - posed[0, jaw]) < 1e-6).any()
+        assert np.array_equal(posed[:, lid], plain.curves[:, lid])
+        assert np.abs(posed[30:] - plain.curves[30:]).max() < 0.01
+        begun.append(posed[0, jaw])
+    assert max(begun) - min(begun) > 0.2
 
 
 def test_eyes_meet_the_camera_while_the_head_turns() -> None:

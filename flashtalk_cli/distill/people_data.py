@@ -18,14 +18,15 @@ from flashtalk_cli.distill.people.backdrop import draw_backdrop
 from flashtalk_cli.distill.people.bank import Speech, SpeechBank, disturb
 from flashtalk_cli.distill.people.clips import render_clips
 from flashtalk_cli.distill.people.head import unit_names
-from flashtalk_cli.distill.people.perform import FPS, Performance, begin_smiling, perform
+from flashtalk_cli.distill.people.perform import FPS, Performance, begin_elsewhere, begin_smiling, perform
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, PersonSpec, draw_person
 from flashtalk_cli.errors import InputError
 
 CLIPS_AT_ONCE = 16
 MOUTH_TO_FACE = 1.9  # the weighted box is this many times as large as the mouth's own
 SMILING_SHARE = 0.3  # clips that begin with a smile, as portraits have it
-BEFORE_SHARE = 0.6  # clips cut out of the middle of a talk; the others begin one
+ELSEWHERE_SHARE = 0.6  # clips that begin with the mouth of another moment, as most portraits do
+BEFORE_SHARE = 0.4  # clips cut out of the middle of a talk; the others begin one
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
         heard = np.zeros_like(heard)
     whole = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number)
     shown = whole.cut(before, before + cast.n_frames)
+    if rng.random() < ELSEWHERE_SHARE:
+        shown = begin_elsewhere(shown, unit_names(), rng)
     if rng.random() < SMILING_SHARE:  # portraits smile, and a talk begins with the portrait
         shown = begin_smiling(shown, unit_names(), rng)
     gain = loudness_gain(heard, cast.loudness_lufs)

@@ -126,6 +126,7 @@ class Bucket:
         )
         n_frames = shards[0]["heard"].shape[1] - 4
         self.own, self.others, self.n_others = (table.to(device) for table in tables.pictures(n_frames))
+        self.begins = (tables.start == 0).to(device)
         self.next, self.run = (table.to(device) for table in tables.chains(new_frames))
         self._chains: dict[int, Tensor] = {}
 
@@ -134,8 +135,8 @@ class Bucket:
 
     @cached_property
     def _beginnings(self) -> Tensor:
-        """Windows whose own first frame is a candidate picture: examples of a video's first chunk."""
-        return torch.nonzero(self.own >= 0).squeeze(1)
+        """Windows that begin their clip, with its first frame as their picture: examples of a video's first chunk."""
+        return torch.nonzero((self.own >= 0) & self.begins).squeeze(1)
 
     @cached_property
     def _middles(self) -> Tensor:

@@ -271,6 +271,23 @@ def begin_smiling(
     return replace(performance, curves=curves)
 
 
+def begin_elsewhere(
+    performance: Performance, unit_names: tuple[str, ...], rng: np.random.Generator
+) -> Performance:
+    """The same, but begun with the mouth of another of its moments, which is gone within half a second.
+
+    A portrait was not taken of the talk that it begins: how wide its mouth is tells nothing of the words or of the
+    speaker's manner, and a network that had only seen frames of the talk itself would read both from it.
+    """
+    held, fading = rng.uniform(0, 3), rng.uniform(1.5, 4)  # frames
+    share = np.exp(-np.maximum(0, np.arange(len(performance)) - held) / fading)[:, None].astype(np.float32)
+    mouth = [i for i, name in enumerate(unit_names) if name.startswith(("jaw", "mouth"))]
+    curves = performance.curves.copy()
+    photographed = curves[rng.integers(len(curves)), mouth]
+    curves[:, mouth] += share * (photographed - curves[:, mouth])
+    return replace(performance, curves=curves)
+
+
 def _add_life(
     units: dict[str, np.ndarray],
     rng: np.random.Generator,
