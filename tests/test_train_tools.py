@@ -26,6 +26,7 @@ DISTILL = "flashtalk_cli.distill"
             "train.opus is missing",
         ),
         ("components.transfer", "{} no-model {}/a {}/b", ModelError.exit_code, "no model 'no-model'"),
+        ("average", "{}/out {}/none", InputError.exit_code, "none has no weights.safetensors"),
     ],
 )
 def test_wrong_input_is_one_line(
