@@ -138,7 +138,7 @@ class Compute(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "fa3", "fa3-fp8", "flash", "cudnn", "sdpa"] = "auto"
     gpus: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = 1  # with device cpu: processes
-    ulysses: int | None = Field(None, ge=1)  # GPUs that share attention heads; None: as many as divide both
+    ulysses: int | None = Field(None, ge=1)  # GPUs that share attention heads; None: see parallel/split.py
     engine: Literal["torch", "xfuser"] = "torch"  # whose exchanges self-attention uses on several GPUs
     offload: bool = False  # keep the DiT's blocks in host memory, and copy each to the GPU when it is needed
 

@@ -30,14 +30,16 @@ from flashtalk_cli.models.device import choose_dtype
 from flashtalk_cli.models.folder import resolve
 from flashtalk_cli.models.image import ImageEncoder
 from flashtalk_cli.models.speech import SpeechEncoder
+from flashtalk_cli.parallel.beside import Beside
 from flashtalk_cli.parallel.mesh import kernels_of, make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.split import Split, split
 from flashtalk_cli.pipeline import chunks
 from flashtalk_cli.pipeline.cores import free_cores
 from flashtalk_cli.pipeline.delivery import Delivery
+from flashtalk_cli.pipeline.marks import Mark, unmarked
 from flashtalk_cli.pipeline.session import Conditions, Models, prepare, talk, to_bytes
-from flashtalk_cli.pipeline.streams import Beside, Graphs
+from flashtalk_cli.pipeline.streams import Graphs
 
 
 class Worker:
@@ -153,13 +155,13 @@ class Worker:
         latents = (canvas.height_px // VAE_STRIDE_PX, canvas.width_px // VAE_STRIDE_PX)
         return split(self.ranks.size, self.folder.heads(random=self.random), *latents, compute.ulysses)
 
-    def hearing(self) -> Callable[[int], Tensor]:
+    def hearing(self, mark: Mark = unmarked) -> Callable[[int], Tensor]:
         """A function from a chunk's index to what it hears: windows [1, frames, 5, layers, dim].
 
-        Rank 0 encodes, and the others get its rows: less than 2 MB a chunk.
+        Rank 0 encodes, and the others get its rows: less than 2 MB a chunk. `mark` is called when they are there.
         """
         sampling, hearing = self.preset.sampling, self.preset.hearing
-        encode = self._speech_features() if self.ranks.leads else None
+        encode = self._speech_features(mark) if self.ranks.leads else None
 
         def windows(index: int) -> Tensor:
             if index:
@@ -170,17 +172,25 @@ class Worker:
 
         return windows
 
-    def _speech_features(self) -> Callable[[chunks.Heard], Tensor]:
+    def _speech_features(self, mark: Mark) -> Callable[[chunks.Heard], Tensor]:
         """A function from what is heard to its feature rows [n_frames, layers, dim]."""
         assert isinstance(self.job, ClipJob)
         speech = self.job.speech
         encoder = self.speech_encoder()
+        # Rows for other ranks are wanted on the host, which need not wait for what the GPU still does for the chunk
+        # before: its own stream has nothing to wait for.
+        several = self.ranks.size > 1 and self.device.type == "cuda"
+        apart = torch.cuda.Stream(self.device) if several else None
         gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
 
         def features(heard: chunks.Heard) -> Tensor:
             samples = read_samples(speech, heard.start_sample, heard.stop_sample) * np.float32(gain)
-            rows = encoder.encode(torch.from_numpy(samples), heard.n_frames)
-            return rows if self.ranks.size == 1 else rows.cpu()
+            with torch.cuda.stream(apart):
+                if apart is not None:
+                    mark("")
+                rows = encoder.encode(torch.from_numpy(samples), heard.n_frames)
+                mark("speech")
+                return rows if self.ranks.size == 1 else rows.cpu()
 
         return features
 

@@ -29,11 +29,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import rank_checks
 import torch
+from attending import attend
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,6 +51,7 @@ from flashtalk_cli.parallel.mesh import Mesh, make_mesh
 from flashtalk_cli.parallel.pulse import Verdict
 from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.parallel.sequence import UlyssesRing
+from flashtalk_cli.parallel.shelf import Shelf, shelf_of
 from flashtalk_cli.parallel.split import split
 from flashtalk_cli.pipeline.session import Models, begin, prepare, step
 from flashtalk_cli.pipeline.streams import Graphs
@@ -265,20 +268,23 @@ def exchange(check: Check) -> None:
     t, h, w = check.sampling.chunk_latents, check.canvas.height_px // 16, check.canvas.width_px // 16
     length, device = t * h * w, check.ranks.device
     whole = torch.randn(3, 1, length, p.num_heads, p.head_dim, device=device).to(check.dit.dtype)
-    q = sequence.shard(whole[0], 1)
-    u, room = sequence.ulysses.size, sequence.room(q.flatten(2))
-    assert room is not None
-    room.normal_()
-    packed = torch.randn(u, 3, *q.shape[:2], p.num_heads // u, p.head_dim, device=device).to(q.dtype)
-    tile = torch.randn(1, 4, check.canvas.height_px // 2, check.canvas.width_px, 96, device=device).to(
-        q.dtype
-    )
+    parts = [sequence.shard(x, 1) for x in whole]
+    everyone, own = check.ranks.everyone, parts[0].flatten(2)
+    packed = torch.cat(parts, 2).flatten().unflatten(0, (everyone.size, -1)).clone()
+    shelves = {"by a collective": Shelf(everyone), "": shelf_of(everyone, device, check.ranks.one_host)}
+
+    def kept(shelf: Shelf) -> None:
+        shelf.share(shelf.room((*own.shape[:2], 2, own.shape[2]), own.dtype, device))
+
+    shape = (1, 4, check.canvas.height_px // 2, check.canvas.width_px, 96)
+    tile = torch.randn(shape, device=device).to(own.dtype)
     heads = [x[:, :, : p.num_heads // check.ranks.size] for x in whole]  # as much work as one rank has
     each = {
-        "all-to-all of q, k, v": lambda: sequence.ulysses.all_to_all(packed),
-        "all-to-all of the result": lambda: sequence.ulysses.all_to_all(packed[:, 0]),
-        "attention with its exchanges": lambda: sequence.attend_room(
-            check.dit.kernel, room, p.head_dim, length
+        "all-to-all of q, k, v": lambda: everyone.all_to_all(packed),
+        "all-to-all of the result": lambda: everyone.all_to_all(packed[:, : own.numel() // everyone.size]),
+        **{f"keys and values {how or 'to all'}": partial(kept, shelf) for how, shelf in shelves.items()},
+        "attention with its exchanges, parts copied": lambda: attend(
+            sequence, check.dit.kernel, *parts, length
         ),
         "attention without": lambda: check.dit.kernel(*heads),
         "halo of 4 frames, 96 channels": lambda: check.mesh.tiles.halo(tile, 1, 1),

@@ -19,7 +19,7 @@ from flashtalk_cli.models.audio import AudioProjector
 from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
-from flashtalk_cli.parallel.sequence import Attend, Sequence
+from flashtalk_cli.parallel.sequence import Attend, Exchange, Sequence, Size
 from flashtalk_cli.parallel.spatial import WHOLE
 from flashtalk_cli.parallel.split import split
 
@@ -162,8 +162,18 @@ class ThreadSequence(Sequence):
     def gather(self, x: Tensor, dim: int, length: int) -> Tensor:
         return torch.cat(self.meeting.exchange(self.rank, x), dim).narrow(dim, 0, length)
 
-    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-        return kernel(q, self.gather(k, 1, length), self.gather(v, 1, length))
+    def exchange(self, size: Size) -> Exchange:
+        return ThreadExchange(size, self)
+
+
+class ThreadExchange(Exchange):
+    def __init__(self, size: Size, sequence: ThreadSequence) -> None:
+        super().__init__(size)
+        self.sequence = sequence
+
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
+        k, v = (self.sequence.gather(x, 1, self.size.length) for x in (k, v))
+        return super().attend(kernel, q, k, v, scales)
 
 
 @pytest.mark.parametrize("size", [2, 4, 5])
@@ -197,5 +207,4 @@ def test_one_rank_is_the_identity() -> None:
     assert mesh.tiles is WHOLE
     assert mesh.sequence.shard(x, 0) is x
     assert mesh.sequence.gather(x, 1, 3) is x
-    assert mesh.sequence.attend(lambda q, k, v: v, x, x, x, 3) is x
     assert mesh.sequence.span(7) == (0, 7)

@@ -14,6 +14,7 @@ import pytest
 import rank_engines
 import torch
 import torch.multiprocessing as multiprocessing
+from attending import attend
 from thread_ranks import groups
 from torch import Tensor
 
@@ -71,7 +72,7 @@ def test_xfuser_is_asked_for_our_degrees_and_kernel(asked: dict[str, Any]) -> No
     assert asked["bound"] is None  # its groups are made when they are used
     assert WORLD.bound_device_id == GPU
     q = torch.randn(1, 3, 4, 8).bfloat16()
-    assert torch.equal(made.attend(SDPA, q, q, q, 12), q)
+    assert torch.equal(attend(made, SDPA, q, q, q, 12), q)
     assert made.everyone.traffic.begun == 1
 
 
@@ -80,7 +81,7 @@ def test_padding_is_refused(asked: dict[str, Any]) -> None:
     made = xfuser_ring(ring_of(2, 2), GPU, "flash")
     q = torch.randn(1, 3, 4, 8).bfloat16()
     with pytest.raises(ConfigError, match="11 tokens do not divide by 4 GPUs"):
-        made.attend(SDPA, q, q, q, 11)
+        attend(made, SDPA, q, q, q, 11)
 
 
 def test_float32_is_refused(asked: dict[str, Any]) -> None:
@@ -88,7 +89,7 @@ def test_float32_is_refused(asked: dict[str, Any]) -> None:
     made = xfuser_ring(ring_of(2, 2), GPU, "sdpa")
     q = torch.randn(1, 3, 4, 8)
     with pytest.raises(ConfigError, match=r"half precision, not in torch.float32: take torch"):
-        made.attend(SDPA, q, q, q, 12)
+        attend(made, SDPA, q, q, q, 12)
 
 
 def test_an_older_yunchang_is_named(asked: dict[str, Any]) -> None:

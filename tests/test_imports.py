@@ -67,6 +67,7 @@ ENVIRONMENT = {
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
     "launch.py": {"GOMP_SPINCOUNT", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"},
     "placement.py": {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
+    "parallel/ranks.py": {"LOCAL_WORLD_SIZE"},  # torchrun's
     "live/control.py": {"XDG_RUNTIME_DIR"},
     "media/live/targets.py": set(),  # the variable that a user names
     "worker.py": None,

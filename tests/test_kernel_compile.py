@@ -129,14 +129,22 @@ def test_attention_to_prompt_and_picture_in_float32(compiled: Compiled) -> None:
     assert_machine_code(compiled, {"_cross"})
 
 
-def test_attention_in_eight_bits(compiled: Compiled) -> None:
-    """Queries of all tokens by themselves, and of those whose q, k and v lie together as ranks exchange them."""
+def test_heads_in_eight_bits(compiled: Compiled) -> None:
+    """Slices of one product for q, k and v, alone and into what two ranks exchange."""
     from flashtalk_cli.models.kernels import heads
 
-    for x in (meta(1, 12096, 40, 128, dtype=BF16), meta(1, 12096, 3, 10, 128, dtype=BF16)[:, :, 1]):
-        for signs in (None, meta(128, 128, dtype=BF16)):
-            assert heads.quantise(x, signs).scales.shape == (1, x.shape[2])
-    assert_machine_code(compiled, {"_peaks", "_quantise_heads"})
+    tokens, dim = 12096, 5120
+    x, scales = meta(1, tokens, 3 * dim, dtype=BF16)[..., dim : 2 * dim], meta(1, 40)
+    weight, table = meta(dim, dtype=BF16), meta(tokens, 64, 2)
+    room = meta(2, 1, tokens, 3, dim // 2, dtype=torch.float8_e4m3fn)[:, :, :, 1].permute(1, 2, 0, 3)
+    for out in (None, room):
+        for result in (
+            heads.rms_rotate(x, weight, table, scales, 1e-6, out),
+            heads.place(x, scales, out),
+        ):
+            assert result.shape[:2] == (1, tokens)
+            assert result.dtype == torch.float8_e4m3fn
+    assert_machine_code(compiled, {"_rms_rotate_heads", "_place_heads"})
 
 
 @pytest.mark.parametrize("tiles", [WHOLE, Framed()], ids=["whole", "framed"])

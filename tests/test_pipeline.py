@@ -308,8 +308,9 @@ def test_a_recorded_step_is_the_step(tiny: dict) -> None:
     """
     from dataclasses import replace
 
+    from flashtalk_cli.parallel.beside import Beside
     from flashtalk_cli.pipeline.session import begin, prepare, step
-    from flashtalk_cli.pipeline.streams import Beside, Graphs
+    from flashtalk_cli.pipeline.streams import Graphs
 
     cuda = torch.device("cuda")
     dit, vae = deepcopy(tiny["models"].dit).to(cuda), deepcopy(tiny["models"].vae).to(cuda)

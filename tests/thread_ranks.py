@@ -54,6 +54,10 @@ class ThreadGroup(Group):
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._swap(x))
 
+    def share(self, room: Tensor) -> None:
+        assert room.is_contiguous()
+        room.copy_(torch.stack(self._swap(room[self.rank].clone())))
+
     def gather(self, x: Tensor) -> Tensor | None:
         found = self._swap(x)
         return torch.stack(found) if self.rank == 0 else None

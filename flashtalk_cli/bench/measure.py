@@ -51,12 +51,13 @@ def bench(worker: Worker, job: BenchJob, stop: threading.Event) -> int:
     worker.ranks.pulse.anew()
     with once.timed("inputs", worker.device):
         picture, text, image = worker.inputs()
+    timer = Timer(worker.device)
     with once.timed("load", worker.device):
         models = worker.load_models()
-        hear = worker.hearing()
+        hear = worker.hearing(timer.mark)
     with once.timed("prepare", worker.device):
         conditions = prepare(models, picture, text, image)
-    timer, exchanges = Timer(worker.device), ExchangeTimer(worker.device)
+    exchanges = ExchangeTimer(worker.device)
     worker.ranks.traffic.timer = exchanges
     drain_s = run_chunks(worker, job, models, conditions, hear, timer, stop)
     worker.ranks.traffic.timer = None
@@ -110,7 +111,6 @@ def run_chunks(
                 return None
             timer.start()
             windows = hear(index)
-            timer.mark("speech")
             pieces = step(models, conditions, state, windows, timer.mark)
             state = deliver(pieces, models, delivery, sink, timer)
             worker.emitter.emit("progress", name="measure", done=index + 1, total=n_chunks, unit="chunks")

@@ -15,6 +15,10 @@ class Part(NamedTuple):
     start_s: float
     end_s: float
 
+    def later(self, by_s: float) -> Part:
+        """The same, so much later."""
+        return self._replace(start_s=self.start_s + by_s, end_s=self.end_s + by_s)
+
     @property
     def duration_s(self) -> float:
         """How long it took."""

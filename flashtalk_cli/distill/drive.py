@@ -17,7 +17,7 @@ from flashtalk_cli.distill.rollout import LATENTS_AT_ONCE
 from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.colour import match_colour
-from flashtalk_cli.pipeline.sampler import Predict, denoise, draw_noise, hold_motion
+from flashtalk_cli.pipeline.sampler import Predict, denoise, first_noise, hold_motion
 from flashtalk_cli.pipeline.schedule import times
 
 
@@ -38,10 +38,9 @@ class Method:
         return self.steps * (3 if self.guidance else 1)
 
 
-def follow(predict: Predict, motion: Tensor, n_latents: int, points: Tensor, generator: Generator) -> Tensor:
+def follow(predict: Predict, motion: Tensor, noise: Tensor, points: Tensor) -> Tensor:
     """Integrate from noise at time 1 to clean latents at time 0, the motion latents held."""
-    shape = (*motion.shape[:2], n_latents, *motion.shape[3:])
-    x = hold_motion(draw_noise(shape, generator, motion.device), motion)
+    x = hold_motion(noise, motion)
     for time, next_time in itertools.pairwise(points.tolist()):
         x = hold_motion(x + (next_time - time) * predict(x, time), motion)
     return x
@@ -80,11 +79,15 @@ def drive(
     """New frames of each chunk, uint8 [P, new_frames, H, W, 3] on the device."""
     sampling = panel.encoders.base.sampling
     points = times(method.steps, sampling.shift)
-    draw = follow if method.guidance else denoise
     hear = predictor(dit, panel, method)
     motion = panel.picture_latent
     for index in range(n_chunks):
-        latents = draw(hear(panel.windows(index)), motion, sampling.chunk_latents, points, generator)
+        predict = hear(panel.windows(index))
+        noise = first_noise(motion, sampling.chunk_latents, generator)
+        if method.guidance:
+            latents = follow(predict, motion, noise, points)
+        else:
+            latents = denoise(predict, motion, noise, points, generator)
         video, _ = vae.decode(latents, latents_at_once=LATENTS_AT_ONCE)
         video = match_colour(video[:, :, sampling.motion_frames :], panel.colour, sampling.colour_strength)
         yield to_frames(video)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from flashtalk_cli.config import Sampling
 from flashtalk_cli.models.vae import Vae
 from flashtalk_cli.pipeline.colour import Statistics, match_colour
-from flashtalk_cli.pipeline.sampler import Predict, denoise, hold_motion
+from flashtalk_cli.pipeline.sampler import Predict, denoise, first_noise, hold_motion
 
 LATENTS_AT_ONCE = 4  # that the VAE decodes together: fewer, larger kernels
 
@@ -49,7 +49,7 @@ def make_chunk(predict: Predict, motion: Tensor, n_latents: int, times: Tensor, 
         guesses.append(hold_motion(x - time * velocity, motion))
         return velocity
 
-    clean = denoise(noted, motion, n_latents, times, generator)
+    clean = denoise(noted, motion, first_noise(motion, n_latents, generator), times, generator)
     return Made(motion, clean, tuple(noisy), tuple(guesses))
 
 

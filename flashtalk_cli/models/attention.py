@@ -72,11 +72,16 @@ class AttentionKernel:
     """A named way to compute attention; call it with q, k, v."""
 
     name: str
-    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    run: Callable[..., Tensor]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q to k and v, each [B, tokens, heads, head_dim]."""
-        return self.run(q, k, v)
+    @property
+    def eight_bits(self) -> bool:
+        """Whether self-attention's q, k and v are to come in e4m3, with scales."""
+        return self.name in ROUNDING
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Attention of q to k and v, each [B, tokens, heads, head_dim]; in e4m3 with scales [3, B, heads]."""
+        return self.run(q, k, v) if scales is None else self.run(q, k, v, scales)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

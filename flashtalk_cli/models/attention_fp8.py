@@ -6,17 +6,19 @@ orthogonal: every product is what it was, of terms about as large as one another
 cost (measured, see bench/README.md).
 
 fa3-fwd multiplies e4m3 at 1.4 times the rate of bfloat16 and gives bfloat16. A scale cannot go by token, for
-it has to leave the sums over keys; e4m3 is a floating format, so what a head's loudest number costs its quiet
-ones is range that they have to spare. Few keys, as a prompt's or a picture's, stay as they are: to quantise
-the queries would take longer than it saves. Elsewhere than on a GPU the same numbers are multiplied in
-float32, which exists to measure the error.
+it has to leave the sums over keys. It is known before any token is seen, from a bound that no number exceeds:
+so what writes q, k and v writes them in e4m3, at once and on every GPU alike, and they are exchanged in half the
+bytes. A typical number then lies near 6, which costs nothing: e4m3 is a floating format, its three bits of
+mantissa are as many from 2^-6 on as they are below 448. Few keys, as a prompt's or a picture's, stay as
+they are: to quantise the queries would take longer than it saves. Elsewhere than on a GPU the same numbers
+are multiplied in float32, which exists to measure the error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +26,9 @@ from torch.nn import functional as F
 
 from flashtalk_cli.models.fp8 import LARGEST, SMALLEST_PEAK
 
-FEW_KEYS = 512
 LEAST_MIXED = 16  # channels of a head
 # fa3 holds a softmax's numbers in e4m3, too, from 0 to this.
 LARGEST_WEIGHT = 256.0
-
-
-class Heads(NamedTuple):
-    """e4m3 numbers [B, n, heads, head_dim] and what each head was divided by, float32 [B, heads]."""
-
-    values: Tensor
-    scales: Tensor
-
-    def in_float32(self) -> Tensor:
-        """The numbers that these stand for."""
-        return self.values.float() * self.scales[:, None, :, None]
 
 
 @lru_cache(maxsize=8)
@@ -53,42 +43,53 @@ def hadamard(width: int, device: torch.device, dtype: torch.dtype) -> Tensor | N
         return signs.to(device, dtype)
 
 
-def quantise_heads(x: Tensor, mix: bool = False) -> Heads:
-    """The nearest e4m3 numbers of each head of x [B, n, heads, head_dim] under the head's own scale.
+def normed_scales(weight: Tensor, heads: int) -> Tensor:
+    """For heads of what is RMS-normed over its full width, times weight [dim], turned and mixed: float32 [heads].
 
-    mix: each head's channels mixed before.
+    A normed row is sqrt(dim) long at most, and what follows keeps each head's length, but for the weight.
+    """
+    largest = weight.float().abs().unflatten(0, (heads, -1)).amax(1)
+    return (len(weight) ** 0.5 * largest).clamp_min(SMALLEST_PEAK) / LARGEST
+
+
+def to_e4m3(x: Tensor, scales: Tensor, mix: bool = False) -> Tensor:
+    """The nearest e4m3 numbers of each head of x [B, n, heads, head_dim] over its scale, float32 [B or 1, heads].
+
+    mix: each head's channels mixed before, where there is a matrix for so many. What is too large becomes
+    the largest number.
     """
     signs = hadamard(x.shape[-1], x.device, x.dtype) if mix else None
-    if x.is_cuda:
-        from flashtalk_cli.models.kernels import heads
-
-        return heads.quantise(x, signs)
     x = x.float() if signs is None else x.float() @ signs.float() * x.shape[-1] ** -0.5
-    scales = x.abs().amax(dim=(1, 3)).clamp_min(SMALLEST_PEAK) / LARGEST
-    return Heads((x / scales[:, None, :, None]).to(torch.float8_e4m3fn), scales)
+    return (x / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
 
 
-def attention_by(flash: Callable[..., Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention by a package's `flash_attn_func`: in eight bits where there are many keys."""
+def attention_by(flash: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Attention by a package's `flash_attn_func`: in eight bits where scales are given, else as q, k and v come."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if k.shape[1] <= FEW_KEYS:
+    def run(q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
+        """q, k, v: [B, n, heads, head_dim], with scales in e4m3; scales: of each, float32 [3, B, heads]."""
+        if scales is None:
             return flash(q, k, v, causal=False)
-        heads = [quantise_heads(q, mix=True), quantise_heads(k, mix=True), quantise_heads(v)]
-        scales = {f"{name}_descale": x.scales for name, x in zip("qkv", heads, strict=True)}
-        return flash(*(x.values for x in heads), causal=False, **scales)
+        names = ("q_descale", "k_descale", "v_descale")
+        return flash(q, k, v, causal=False, **dict(zip(names, scales.contiguous(), strict=True)))
 
     return run
 
 
-def emulated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same numbers, on any device; the weights of a softmax rounded as fa3 rounds them."""
-    if k.shape[1] <= FEW_KEYS:
+def emulated(
+    q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """The same numbers on any device, in float32; the weights of a softmax rounded as fa3 rounds them.
+
+    dtype: of the result, where scales are given.
+    """
+    if scales is None:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    dtype = q.dtype
-    heads = quantise_heads(q, mix=True), quantise_heads(k, mix=True), quantise_heads(v)
-    q, k, v = (x.in_float32().transpose(1, 2) for x in heads)
+    q, k, v = (
+        (x.float() * scale[:, None, :, None]).transpose(1, 2)
+        for x, scale in zip((q, k, v), scales, strict=True)
+    )
     scores = q @ k.mT * q.shape[-1] ** -0.5
     weights = (scores - scores.amax(-1, keepdim=True)).exp() * LARGEST_WEIGHT
     out = weights.to(torch.float8_e4m3fn).float() @ v / weights.sum(-1, keepdim=True)

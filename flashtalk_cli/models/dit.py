@@ -27,11 +27,12 @@ from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector
 from flashtalk_cli.models.fp8 import Rows, to_eight_bits
+from flashtalk_cli.models.head_bounds import HeadBounds
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
 from flashtalk_cli.models.offload import Offload
 from flashtalk_cli.models.rope import rotation_table
 from flashtalk_cli.models.token_ops import PLAIN, TokenOps, token_ops
-from flashtalk_cli.parallel.sequence import Sequence
+from flashtalk_cli.parallel.sequence import Sequence, Size
 
 TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the released model
 
@@ -311,7 +312,8 @@ class Block(nn.Module):
         )
         small = in_eight_bits  # of the layer that a norm or a GELU feeds
         y = ops.norm(x, 1 + scale_1, shift_1, eps, quantise=small(self.self_attn.q))
-        y = self.self_attn(y, layout)
+        reach = longest_token(1 + scale_1, shift_1) if layout.kernel.eight_bits else None
+        y = self.self_attn(y, layout, reach)
         x, y = ops.add_norm(
             x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small(self.cross_attn.q)
         )
@@ -335,26 +337,48 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(p.dim, p.dim)
         self.norm_q = RMSNorm(p.dim, p.eps)
         self.norm_k = RMSNorm(p.dim, p.eps)
+        self.bounds: HeadBounds | None = None  # known from when attention in eight bits first asks
 
-    def forward(self, x: Tensor | Rows, layout: Layout) -> Tensor:
-        """[B, n, dim] -> [B, n, dim]."""
-        ops, par = layout.ops, layout.par
-        q, k, v = linear_together(x, self.q, self.k, self.v)
-        head_dim = q.shape[-1] // self.num_heads
-        room = par.room(v)
-        places = [None, None] if room is None else room.unbind(2)
-        q, k = (
-            ops.rms_rotate(a, norm.weight, layout.rotation, head_dim, norm.eps, place)
-            for a, norm, place in zip((q, k), (self.norm_q, self.norm_k), places, strict=False)
-        )
-        if room is None:
-            q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))
-            return _out(self.o, par.attend(layout.kernel, q, k, v, layout.length).flatten(2), ops=ops)
-        ops.place(v, room[:, :, 2])
-        out = par.attend_room(layout.kernel, room, head_dim, layout.length)
-        if not in_eight_bits(self.o):
-            out = ops.place(out, torch.empty_like(v, memory_format=torch.contiguous_format))
+    def forward(self, x: Tensor | Rows, layout: Layout, reach: Tensor | None = None) -> Tensor:
+        """[B, n, dim] -> [B, n, dim].
+
+        reach: float32 [B], no token of x is longer; given where attention is in eight bits.
+        """
+        ops, scales = layout.ops, None if reach is None else self._scales(reach)
+        given = x.values if isinstance(x, Rows) else x
+        exchange = layout.par.exchange(self._size(given, layout, eight_bits=scales is not None))
+
+        def turned(a: Tensor, norm: RMSNorm, out: Tensor | None, which: int) -> Tensor:
+            scale = None if scales is None else scales[which]
+            head_dim = exchange.size.head_dim
+            return ops.rms_rotate(a, norm.weight, layout.rotation, head_dim, norm.eps, out, scale)
+
+        if exchange.keys_first:
+            k, v = linear_together(x, self.k, self.v)
+        else:
+            q, k, v = linear_together(x, self.q, self.k, self.v)
+        k = turned(k, self.norm_k, exchange.k, 1)
+        if exchange.v is not None or scales is not None:
+            v = ops.place(v, exchange.v, None if scales is None else scales[2])
+        exchange.send()
+        if exchange.keys_first:
+            q = self.q(x)
+        q = turned(q, self.norm_q, exchange.q, 0)
+        out = exchange.attend(layout.kernel, q, k, v, scales)
+        if out.ndim == 4 and not in_eight_bits(self.o):
+            out = ops.place(out, out.new_empty(given.shape))
         return _out(self.o, out, ops=ops)
+
+    def _size(self, x: Tensor, layout: Layout, *, eight_bits: bool) -> Size:
+        videos, tokens, dim = x.shape
+        dtype = torch.float8_e4m3fn if eight_bits else self.norm_q.weight.dtype
+        return Size(videos, tokens, self.num_heads, dim // self.num_heads, layout.length, dtype, x.device)
+
+    def _scales(self, reach: Tensor) -> Tensor:
+        """What q, k and v are divided by in eight bits, float32 [3, B, heads]."""
+        if self.bounds is None:
+            self.bounds = HeadBounds.of(self.norm_q.weight, self.norm_k.weight, self.v, self.num_heads)
+        return self.bounds.scales(reach)
 
 
 class CrossAttention(nn.Module):
@@ -441,6 +465,12 @@ def _modulation(n: int, dim: int) -> nn.Parameter:
     """n vectors of standard deviation 1 / sqrt(dim); uniform, since normal_ on the meta device loads a compiler."""
     bound = math.sqrt(3 / dim)
     return nn.Parameter(torch.empty(1, n, dim).uniform_(-bound, bound))
+
+
+def longest_token(weight: Tensor, bias: Tensor) -> Tensor:
+    """What no row of LayerNorm(x) * weight + bias is longer than: weight and bias [B, 1, dim], result [B]."""
+    stretched = weight.shape[-1] ** 0.5 * weight.abs().amax((1, 2))
+    return stretched + torch.linalg.vector_norm(bias, dim=(1, 2))
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:

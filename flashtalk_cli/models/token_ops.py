@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
+from flashtalk_cli.models.attention_fp8 import to_e4m3
 from flashtalk_cli.models.fp8 import Rows, quantise_rows
 from flashtalk_cli.models.rope import rotate
 
@@ -71,17 +72,29 @@ class TokenOps:
         head_dim: int,
         eps: float,
         out: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
         """The same, and then each head turned by the tokens' places: rotation [n, head_dim / 2, 2].
 
-        Into `out`, groups of heads [B, n, groups, channels of a group], where that is given.
+        Into `out`, groups of heads [B, n, groups, channels of a group], where that is given. With scales,
+        float32 [B or 1, heads], each head mixed and over its scale, in e4m3 (see attention_fp8.py).
         """
         heads = _rms_norm(x, weight, eps).unflatten(-1, (-1, head_dim))
-        turned = rotate(heads, rotation).flatten(-2).to(x.dtype)
+        turned = rotate(heads, rotation).to(x.dtype)
+        turned = (turned if scales is None else to_e4m3(turned, scales, mix=True)).flatten(-2)
         return turned if out is None else self.place(turned, out)
 
-    def place(self, x: Tensor, out: Tensor) -> Tensor:
-        """x into groups of heads, or such groups into one: [B, n, dim] and [B, n, groups, channels of a group]."""
+    def place(self, x: Tensor, out: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """x into groups of heads, or such groups into one: [B, n, dim] and [B, n, groups, channels of a group].
+
+        With scales, float32 [B or 1, heads], x [B, n, dim] comes in e4m3, each head over its scale; without
+        `out` then as [B, n, dim].
+        """
+        if scales is not None:
+            x = to_e4m3(x.unflatten(-1, (scales.shape[-1], -1)), scales).flatten(-2)
+            if out is None:
+                return x
+        assert out is not None
         return out.copy_(x.unflatten(-1, out.shape[2:]) if out.ndim > x.ndim else x.flatten(2))
 
     def rows(self, x: Tensor) -> Rows:

@@ -35,7 +35,7 @@ class Group:
         x = x.contiguous()
         received = torch.empty_like(x)
         with self.traffic:
-            dist.all_to_all_single(received, x, group=self.handle)
+            dist.all_to_all_single(_carried(received), _carried(x), group=self.handle)
         return received
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -45,8 +45,15 @@ class Group:
         flat = x.contiguous().flatten()
         received = flat.new_empty(self.size * flat.numel())
         with self.traffic:
-            _all_gather(received, flat, group=self.handle)
+            _all_gather(_carried(received), _carried(flat), group=self.handle)
         return received.view(self.size, *x.shape)
+
+    def share(self, room: Tensor) -> None:
+        """Fill room [size, ...], contiguous, in which everybody wrote his own part, with those of the others."""
+        if self.size == 1:
+            return
+        with self.traffic:
+            _all_gather(_carried(room).view(-1), _carried(room[self.rank]).view(-1), group=self.handle)
 
     def gather(self, x: Tensor) -> Tensor | None:
         """Everybody's x [...], equal in shape, as [size, ...] on rank 0; None on the others."""
@@ -85,6 +92,11 @@ class Group:
             dist.all_to_all_single(received, sent, taken, given, group=self.handle)
         parts = received.split(taken)
         return {rank: parts[rank].view(shape) for rank, shape in incoming.items()}
+
+
+def _carried(x: Tensor) -> Tensor:
+    """The same as numbers that every library carries: no sums are made of those of eight bits."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x
 
 
 ALONE = Group()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from flashtalk_cli.parallel.beside import Beside
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.sequence import UNDIVIDED, Sequence, UlyssesRing
+from flashtalk_cli.parallel.shelf import shelf_of
 from flashtalk_cli.parallel.spatial import WHOLE, TileGrid, Tiles
 from flashtalk_cli.parallel.split import Split
 from flashtalk_cli.parallel.xfuser import kernels_in, xfuser_ring
@@ -47,14 +49,17 @@ def kernels_of(split: Split, engine: str) -> Collection[str] | None:
 
 def make_tiles(ranks: Ranks, split: Split) -> Tiles:
     """The picture alone, for another canvas: no process group is made, so ranks need not meet for it."""
-    return WHOLE if ranks.size == 1 else TileGrid(split.grid, ranks.everyone)
+    return WHOLE if ranks.size == 1 else TileGrid(split.grid, ranks.everyone, ranks.mail)
 
 
 def ring_of(ranks: Ranks, ulysses: int) -> UlyssesRing:
     """Ulysses within runs of neighbouring ranks, which have the fastest links, and a ring across them."""
     everyone = range(ranks.size)
+    ring = ranks.split([everyone[start::ulysses] for start in range(ulysses)])
     return UlyssesRing(
         everyone=ranks.everyone,
         ulysses=ranks.split([everyone[start : start + ulysses] for start in everyone[::ulysses]]),
-        ring=ranks.split([everyone[start::ulysses] for start in range(ulysses)]),
+        ring=ring,
+        shelf=shelf_of(ring, ranks.device, ranks.one_host),
+        beside=Beside(ranks.device),
     )

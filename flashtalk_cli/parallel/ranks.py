@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch.distributed import distributed_c10d
 
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.parallel.group import ALONE, Group
+from flashtalk_cli.parallel.mail import Mail, mail_of
 from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, Pulse
 from flashtalk_cli.parallel.traffic import Traffic
 
@@ -45,6 +47,7 @@ class Ranks:
     device: torch.device
     size: int = 1
     rank: int = 0
+    one_host: bool = True  # whether all of them are on this one
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     pulse: Pulse = field(default_factory=Pulse, compare=False)
     before_leaving: list[Callable[[], None]] = field(default_factory=list, compare=False)
@@ -59,6 +62,11 @@ class Ranks:
     def everyone(self) -> Group:
         """All ranks, as a group."""
         return ALONE if self.size == 1 else Group(self.size, self.rank, dist.group.WORLD, self.traffic)
+
+    @cached_property
+    def mail(self) -> Mail:
+        """What carries messages from rank to rank."""
+        return mail_of(self.everyone, self.device, self.one_host)
 
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of this rank, where `parts` says which ranks are together: each rank in exactly one.
@@ -161,7 +169,8 @@ def join(device: torch.device, log: Path | None = None, patience_s: float = UNWA
     else:
         dist.init_process_group("gloo", timeout=timeout)
     distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
-    return Ranks(device, size, rank, traffic, pulse, patience_s=patience_s)
+    one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == size  # set by torchrun
+    return Ranks(device, size, rank, one_host, traffic, pulse, patience_s=patience_s)
 
 
 def _die_with_parent() -> None:

@@ -21,13 +21,15 @@ are cut in latents, where one pixel is 8 of the picture, so this holds at every 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.parallel.group import ALONE, Group
+from flashtalk_cli.parallel.mail import Mail
 from flashtalk_cli.parallel.split import Grid
 
 Border: TypeAlias = tuple[int, int]  # rows above and below, and as many columns left and right
@@ -93,6 +95,7 @@ class TileGrid(Tiles):
 
     grid: Grid
     group: Group = ALONE
+    mail: Mail | None = field(default=None, compare=False)  # None: by a collective
 
     def __post_init__(self) -> None:
         assert self.grid.size == self.group.size, f"{self.grid.size} tiles, {self.group.size} ranks"
@@ -119,7 +122,11 @@ class TileGrid(Tiles):
         outgoing, places = {}, {}  # also where nothing is to be sent or to be filled: both sides know
         for rank, sends, fills in self.grid.neighbours(self.group.rank, height, width, before, after):
             outgoing[rank], places[rank] = _pixels(tile, *sends), _pixels(x, *fills)
-        received = self.group.exchange(outgoing, {rank: place.shape for rank, place in places.items()})
+        # Of a strip of the longest side of any tile: so that all ranks know it.
+        side = self._scale(tile) * max(self.grid.tallest, self.grid.widest)
+        longest = max(before, after) * side * x.itemsize * (x.numel() // math.prod(x.shape[-3:-1]))
+        shapes = {rank: place.shape for rank, place in places.items()}
+        received = (self.mail or Mail(self.group)).exchange(outgoing, shapes, longest)
         for rank, place in places.items():
             place.copy_(received[rank])
 

@@ -27,8 +27,12 @@ def span(length: int, size: int, rank: int) -> tuple[int, int]:
 
 
 def ulysses_degree(size: int, heads: int) -> int:
-    """Ranks of an Ulysses group: as many as divide both the ranks and the heads; the ring gets the rest."""
-    return gcd(size, heads)
+    """Ranks of an Ulysses group: as many as divide both the ranks and the heads; the ring gets the rest.
+
+    Two ranks are a ring: keys and values for each other are the same bytes as swapped heads, and they travel
+    while the queries are made. Of more ranks a ring would have to send more.
+    """
+    return 1 if size == 2 else gcd(size, heads)
 
 
 class Neighbour(NamedTuple):
@@ -151,14 +155,13 @@ def split(size: int, heads: int, height: int, width: int, ulysses: int | None = 
         heads: attention heads of the DiT.
         height: of the picture, in latents.
         width: of the picture, in latents.
-        ulysses: ranks that share heads; None for as many as divide both ranks and heads.
+        ulysses: ranks that share heads; None for `ulysses_degree`.
 
     Raises ConfigError when a degree does not divide, or the picture has too few latents for the ranks.
     """
     degree = ulysses_degree(size, heads) if ulysses is None else ulysses
     if size % degree or heads % degree:
         raise ConfigError(
-            f"compute.ulysses {degree} does not divide {size} GPUs and {heads} heads; "
-            f"{ulysses_degree(size, heads)} does"
+            f"compute.ulysses {degree} does not divide {size} GPUs and {heads} heads; {gcd(size, heads)} does"
         )
     return Split(degree, size // degree, choose_grid(size, height, width))

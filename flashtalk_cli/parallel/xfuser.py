@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashtalk_cli.errors import ConfigError, DeviceError
-from flashtalk_cli.parallel.sequence import Attend, UlyssesRing
+from flashtalk_cli.parallel.sequence import Attend, Exchange, Size, UlyssesRing
 
 KERNELS = {"cudnn": "TORCH_CUDNN", "flash": "FA", "sdpa": "TORCH_FLASH"}  # ours: theirs
 WITHOUT_SUMS = ("cudnn",)
@@ -39,26 +39,34 @@ class XfuserRing(UlyssesRing):
 
     run: Callable[[Tensor, Tensor, Tensor], Tensor] = field(kw_only=True)
 
-    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-        """Attention of this rank's queries to the keys of all `length` tokens, by the kernel chosen before.
+    def exchange(self, size: Size) -> Exchange:
+        """The next self-attention. xfuser packs for itself, so parts may be written anywhere.
 
         Raises ConfigError when the tokens do not divide by the ranks, and for float32, which no kernel takes.
         """
-        if q.dtype == torch.float32:
+        if size.dtype == torch.float32:
             raise ConfigError(
-                f"compute.engine xfuser attends in half precision, not in {q.dtype}: take torch"
+                f"compute.engine xfuser attends in half precision, not in {size.dtype}: take torch"
             )
-        held = q.shape[1] * self.everyone.size
-        if held != length:
+        if size.tokens * self.everyone.size != size.length:
             raise ConfigError(
-                f"compute.engine xfuser attends to padding, and {length} tokens do not divide by "
+                f"compute.engine xfuser attends to padding, and {size.length} tokens do not divide by "
                 f"{self.everyone.size} GPUs: take compute.engine torch, or another --size or --gpus"
             )
-        with self.everyone.traffic:
-            return self.run(q.contiguous(), k.contiguous(), v.contiguous())
+        return XfuserExchange(size, self)
 
-    def room(self, x: Tensor) -> None:
-        """None: xfuser packs for itself."""
+
+class XfuserExchange(Exchange):
+    """All of it by xfuser's layer, whatever kernel is named: that was chosen before."""
+
+    def __init__(self, size: Size, ring: XfuserRing) -> None:
+        super().__init__(size)
+        self._ring = ring
+
+    def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
+        """Attention of this rank's queries to the keys of all tokens: [B, n, dim]."""
+        with self._ring.everyone.traffic:
+            return self._ring.run(*(self._heads(x).contiguous() for x in (q, k, v))).flatten(2)
 
 
 def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> XfuserRing:

@@ -31,18 +31,21 @@ def hold_motion(x: Tensor, motion: Tensor) -> Tensor:
     return torch.cat([motion, x[:, :, motion.shape[2] :]], dim=2)
 
 
-def denoise(predict: Predict, motion: Tensor, n_latents: int, times: Tensor, generator: Generator) -> Tensor:
-    """Draw the latents of one chunk: float32 [B, 16, n_latents, h, w].
+def first_noise(motion: Tensor, n_latents: int, generator: Generator) -> Tensor:
+    """What a chunk of so many latents begins as: float32 [B, 16, n_latents, h, w]."""
+    return draw_noise((*motion.shape[:2], n_latents, *motion.shape[3:]), generator, motion.device)
+
+
+def denoise(predict: Predict, motion: Tensor, noise: Tensor, times: Tensor, generator: Generator) -> Tensor:
+    """Draw the latents of one chunk from its first noise: float32 [B, 16, n_latents, h, w].
 
     motion: clean latents [B, 16, m, h, w] of the frames before; they are held in the first m
-    latents throughout. times: float32 on the CPU, from 1 to 0. One noise is drawn first and one
-    after each step, the last one included although it is multiplied by zero: the released
-    program's order.
+    latents throughout. times: float32 on the CPU, from 1 to 0. Another noise is drawn after each
+    step, the last one included although it is multiplied by zero: the released program's order.
     """
-    shape = (*motion.shape[:2], n_latents, *motion.shape[3:])
-    x = hold_motion(draw_noise(shape, generator, motion.device), motion)
+    x = hold_motion(noise, motion)
     for time, next_time in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
         velocity = predict(x, time)
-        noise = draw_noise(shape, generator, motion.device)
+        noise = draw_noise(tuple(x.shape), generator, motion.device)
         x = hold_motion(renoise(x, velocity, time, next_time, noise), motion)
     return x

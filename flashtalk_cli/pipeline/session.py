@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from collections.abc import Generator as Yields
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from einops import rearrange
@@ -24,14 +25,17 @@ from flashtalk_cli.models.attention import KeyValue
 from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import STRIDE_PX, Vae
 from flashtalk_cli.models.vae_blocks import Past
+from flashtalk_cli.parallel.beside import Beside
 from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.parallel.spatial import WHOLE, Tiles
 from flashtalk_cli.pipeline.colour import Statistics, match_colour, to_lab
 from flashtalk_cli.pipeline.cores import FreeCores
 from flashtalk_cli.pipeline.marks import Mark, unmarked
-from flashtalk_cli.pipeline.sampler import denoise
+from flashtalk_cli.pipeline.sampler import denoise, first_noise
 from flashtalk_cli.pipeline.schedule import times
-from flashtalk_cli.pipeline.streams import Beside, Graphs
+from flashtalk_cli.pipeline.streams import Graphs
+
+T = TypeVar("T")
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
 FILLING_PX = 448 * 768  # of a latent that keeps a large GPU busy down to the smallest level of the decoder
@@ -65,11 +69,13 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Primed:
-    """The decoder after the motion latents, whose frames were on screen before."""
+    """What a chunk begins with that needs no sound: its first noise, and the decoder after the motion latents."""
 
-    motion: Tensor  # the very tensor that was decoded
+    motion: Tensor  # the very tensor that was decoded; its frames were on screen before
     video: Tensor  # [1, 3, 1 + 4 (m - 1), H, W]
     decoder: Past
+    first: Tensor  # noise [1, 16, T, h, w]
+    noise: Tensor  # state of the noise generator after it
 
 
 @dataclass(frozen=True)
@@ -139,7 +145,8 @@ def step(
     generator.set_state(state.noise)
     primed = state.primed
     if primed is None or primed.motion is not state.motion:
-        primed = _prime(models, state.motion, mark)
+        primed = _prime(models, state.motion, generator, mark)
+    generator.set_state(primed.noise)
     heard = models.dit.hear(windows.to(models.device))
     mark("keys")
 
@@ -153,7 +160,7 @@ def step(
     latents = denoise(
         predict,
         state.motion,
-        sampling.chunk_latents,
+        primed.first,
         times(sampling.steps, sampling.shift),
         generator,
     )
@@ -179,10 +186,11 @@ def step(
         tail = [*tail, video][-(1 + seen) :]
         yield video
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
-    motion = _encoded(models, last).float()
+    motion = _recorded(models, "motion", lambda x: _encoded(models, x).float(), last)
     mark("motion")
-    primed = _prime(models, motion, mark)
-    return State(motion, generator.get_state(), state.chunk + 1, primed)
+    noise = generator.get_state()
+    primed = _prime(models, motion, generator, mark)
+    return State(motion, noise, state.chunk + 1, primed)
 
 
 def in_pieces(latents: Tensor, at_once: int) -> list[Tensor]:
@@ -213,16 +221,31 @@ def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Te
     return models.graphs("step", conditions, forward, *inputs) if models.graphs else forward(*inputs)
 
 
-def _prime(models: Models, motion: Tensor, mark: Mark) -> Primed:
-    """Show the decoder what was on screen, which needs no sound: beside the motion network on a GPU.
+def _prime(models: Models, motion: Tensor, generator: torch.Generator, mark: Mark) -> Primed:
+    """Show the decoder what was on screen, beside the motion network on a GPU; and draw the first noise.
 
-    Between the chunks of a live stream it runs while the stream waits for sound.
+    Between the chunks of a live stream that happens while the stream waits for sound, and otherwise while the GPU
+    is busy with the chunk before.
     """
     with models.beside.run():
         mark("")
-        video, decoder = models.vae.decode(models.tiles.cut(motion), tiles=models.tiles)
+        video, decoder = _recorded(
+            models, "prime", lambda x: models.vae.decode(models.tiles.cut(x), tiles=models.tiles), motion
+        )
         mark("prime")
-    return Primed(motion, video, decoder)
+    first = first_noise(motion, models.sampling.chunk_latents, generator)
+    return Primed(motion, video, decoder, first, generator.get_state())
+
+
+def _recorded(models: Models, name: str, function: Callable[[Tensor], T], x: Tensor) -> T:
+    """What the VAE makes of x by a recorded graph, where several ranks share it.
+
+    Its launches, and its exchanges', take Python longer than a rank's part of the work. One GPU does without: it
+    is busy with a step meanwhile, and a recording keeps memory.
+    """
+    if models.graphs is None or models.tiles.count == 1:
+        return function(x)
+    return models.graphs(name, models.vae, function, x)
 
 
 def talk(

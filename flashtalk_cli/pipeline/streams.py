@@ -1,46 +1,19 @@
-"""Work beside the main stream of a GPU, and work recorded there once and replayed.
-
-On a CPU both do nothing but call what they are given.
-"""
+"""Work recorded once on a GPU and replayed; on a CPU it is called as it is."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as nested
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-
-
-class Beside:
-    """A second stream, for work that is wanted only later.
-
-    What is made in it is read in the main stream after `join`. Memory is safe without further ado: it
-    waits for the main stream before it begins, so nothing that is still read there is overwritten.
-    """
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        on_gpu = device is not None and device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if on_gpu else None
-
-    @contextmanager
-    def run(self) -> Iterator[None]:
-        """What is computed inside begins after all that was asked for before, and holds nothing up."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def join(self) -> None:
-        """What is computed from here on may read all that was computed beside."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
 @dataclass
@@ -48,7 +21,7 @@ class _Recording:
     given: object
     shapes: tuple[tuple[torch.Size, torch.dtype], ...]
     inputs: tuple[Tensor, ...] = ()
-    output: Tensor | None = None
+    output: Any = None
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -72,8 +45,8 @@ class Graphs:
         self._recordings: dict[str, _Recording] = {}
         self.works = True  # nothing failed to be recorded so far
 
-    def __call__(self, name: str, given: object, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """function(*inputs).
+    def __call__(self, name: str, given: object, function: Callable[..., T], *inputs: Tensor) -> T:
+        """function(*inputs), which is a tensor or tensors in tuples.
 
         given: all that the function reads besides, which must not change; with another object it is
         another function and is recorded anew. One recording is kept under a name.
@@ -87,18 +60,17 @@ class Graphs:
         if held.graph is None and not self._record(name, held, function, inputs):
             return function(*inputs)
         assert held.graph is not None
-        assert held.output is not None
         torch._foreach_copy_(held.inputs, inputs)
         self._before()
         held.graph.replay()
-        return held.output.clone()  # the next replay writes there again
+        return nested.tree_map_only(Tensor, torch.clone, held.output)  # the next replay writes there again
 
     def clear(self) -> None:
         """Give the recordings up: a library whose exchanges are in them cannot end before."""
         self._recordings.clear()
 
     def _record(
-        self, name: str, held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+        self, name: str, held: _Recording, function: Callable[..., object], inputs: tuple[Tensor, ...]
     ) -> bool:
         """Record a function, or leave all recordings where that failed on any rank; whether it was recorded."""
         reason = "another rank could not record it"
@@ -115,7 +87,7 @@ class Graphs:
         return self.works
 
 
-def _record(held: _Recording, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+def _record(held: _Recording, function: Callable[..., object], inputs: tuple[Tensor, ...]) -> None:
     held.inputs = tuple(x.clone() for x in inputs)
     graph = torch.cuda.CUDAGraph()
     # Other threads (delivery of frames, a live session's) may use CUDA meanwhile.

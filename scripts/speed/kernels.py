@@ -25,9 +25,10 @@ from flashtalk_cli.models.attention import (
     choose_kernel,
     why_absent,
 )
+from flashtalk_cli.models.attention_fp8 import normed_scales, to_e4m3
 from flashtalk_cli.models.audio import AudioCrossAttention
 from flashtalk_cli.models.dit import Layout
-from flashtalk_cli.models.kernels import frames, rows
+from flashtalk_cli.models.kernels import frames, heads, rows
 from flashtalk_cli.models.kernels.ops import FUSED
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.sequence import UNDIVIDED
@@ -85,6 +86,12 @@ def row_kernels(bench: Bench) -> None:
     weight, packed = draw(p.dim), draw(1, TOKENS, 3 * p.dim)[..., : p.dim]
     bench.compare("RMS norm, rotation of q", lambda: PLAIN.rms_rotate(packed, weight, table, p.head_dim, p.eps),
                   lambda: FUSED.rms_rotate(packed, weight, table, p.head_dim, p.eps), 2 * size)  # fmt: skip
+    scales = normed_scales(weight, p.num_heads)[None]
+    given = (packed, weight, table, p.head_dim, p.eps, None, scales)
+    bench.compare("RMS norm, rotation, mixing of q to e4m3", lambda: PLAIN.rms_rotate(*given),
+                  lambda: FUSED.rms_rotate(*given), 1.5 * size)  # fmt: skip
+    bench.compare("v to e4m3", lambda: PLAIN.place(packed, None, scales),
+                  lambda: FUSED.place(packed, None, scales), 1.5 * size)  # fmt: skip
     bench.compare("rows to e4m3", lambda: PLAIN.rows(x), lambda: FUSED.rows(x), 1.5 * size)
     hidden, ident = draw(1, TOKENS, p.ffn_dim), torch.nn.Identity()
     bench.compare("GELU to e4m3", lambda: PLAIN.gelu(ident, hidden, quantise=True),
@@ -110,6 +117,27 @@ def launches(bench: Bench) -> None:
             for name, run in runs.items():
                 figures[name] = milliseconds(run, repeats=7)
         bench.report.add(f"pieces of {piece}, {warps} warps", **figures)
+    weight, scales = draw(p.dim), torch.ones(1, p.num_heads, device=DEVICE)
+    for taken, numbers, warps, registers, stages in (
+        (8, 8192, 8, 128, 2),
+        (8, 8192, 8, 128, 1),
+        (8, 8192, 8, 80, 2),
+        (8, 16384, 8, 255, 2),
+        (16, 8192, 8, 128, 2),
+        (16, 8192, 4, 255, 2),
+        (4, 8192, 8, 128, 2),
+        (8, 4096, 4, 128, 2),
+    ):
+        cut = dict(HEADS=taken, NUMBERS={2: numbers}, WARPS=warps, REGISTERS=registers, STAGES=stages)
+
+        def measure(cut: dict[str, Any] = cut) -> None:
+            def run() -> Tensor:
+                return FUSED.rms_rotate(x, weight, table, p.head_dim, p.eps, None, scales)
+
+            with mock.patch.multiple(heads, **cut):
+                bench.report.add(f"heads to e4m3, {cut}", ms=milliseconds(run, repeats=7))
+
+        bench.report.trying("heads to e4m3", measure)
 
 
 def products(bench: Bench) -> None:
@@ -131,6 +159,8 @@ def attentions(bench: Bench) -> None:
     """Self-attention by every kernel that is here, and the speech's, folded and not."""
     p = DIT
     q = draw(1, TOKENS, p.num_heads, p.head_dim)
+    scales = torch.full((3, 1, p.num_heads), 1 / 6, device=DEVICE)
+    small = to_e4m3(q, scales[0])
     text, image = (draw(1, n, p.num_heads, p.head_dim) for n in (p.text_len, 257))
     for name in (*KERNEL_NAMES, *ROUNDING):
         reason = why_absent(name, DEVICE, BF16)
@@ -138,9 +168,10 @@ def attentions(bench: Bench) -> None:
             bench.report.add(f"attention, {name}", absent=reason)
             continue
         kernel = choose_kernel(name, DEVICE, BF16)
-        for what, k in (("self", q), ("text", text), ("picture", image)):
-            bench.product(f"attention, {name}, {what}", lambda kernel=kernel, k=k: kernel(q, k, k),
-                          4e-12 * TOKENS * k.shape[1] * p.dim)  # fmt: skip
+        own = (small, small, small, scales) if name in ROUNDING else (q, q, q)
+        for what, given in (("self", own), ("text", (q, text, text)), ("picture", (q, image, image))):
+            bench.product(f"attention, {name}, {what}", lambda kernel=kernel, given=given: kernel(*given),
+                          4e-12 * TOKENS * given[1].shape[1] * p.dim)  # fmt: skip
     said = PromptKeys(text[:, :64], text[:, :64], p.text_len - 63)
     seen, auto = KeyValue(image, image), choose_kernel("auto", DEVICE, BF16)
     tflop = 4e-12 * TOKENS * (p.text_len + 257) * p.dim

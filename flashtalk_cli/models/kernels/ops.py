@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.fp8 import Rows
-from flashtalk_cli.models.kernels import cross, rows, speech
+from flashtalk_cli.models.kernels import cross, heads, rows, speech
 from flashtalk_cli.models.token_ops import TokenOps
 
 
@@ -51,10 +51,19 @@ class FusedOps(TokenOps):
         head_dim: int,
         eps: float,
         out: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Tensor:
-        return rows.rms_rotate(x, weight, rotation, head_dim, eps, out)
+        if scales is None:
+            return rows.rms_rotate(x, weight, rotation, head_dim, eps, out)
+        assert x.shape[-1] == scales.shape[-1] * head_dim, (x.shape, scales.shape, head_dim)
+        return heads.rms_rotate(x, weight, rotation, scales, eps, out)
 
-    def place(self, x: Tensor, out: Tensor) -> Tensor:  # noqa: D102
+    def place(  # noqa: D102
+        self, x: Tensor, out: Tensor | None = None, scales: Tensor | None = None
+    ) -> Tensor:
+        if scales is not None:
+            return heads.place(x, scales, out)
+        assert out is not None
         return rows.rms_rotate(x, None, None, out.shape[-1], out=out)
 
     def rows(self, x: Tensor) -> Rows:  # noqa: D102
