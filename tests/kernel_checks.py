@@ -146,7 +146,9 @@ def test_rows_in_groups_of_heads(b: int, groups: int, dtype: torch.dtype) -> Non
     assert_near(FUSED.rows(ours[0]), PLAIN.rows(ours[0]))
 
 
-@pytest.mark.parametrize(("heads", "keys", "width", "dim"), [(3, 5, 12, 40), (2, 32, 64, 130)])
+@pytest.mark.parametrize(
+    ("heads", "keys", "width", "dim"), [(3, 5, 12, 40), (2, 32, 64, 130), (1, 32, 128, 272), (2, 67, 24, 48)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_attention_to_speech(heads: int, keys: int, width: int, dim: int, dtype: torch.dtype) -> None:
@@ -167,14 +169,24 @@ def test_attention_to_speech(heads: int, keys: int, width: int, dim: int, dtype:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "width", "text", "times", "image"),
-    [(130, 2, 22, 3, 1, 65), (5, 3, 64, 65, 400, 1), (129, 1, 128, 1, 7, 257)],
+    [
+        (130, 2, 22, 3, 1, 65),
+        (5, 3, 64, 65, 400, 1),
+        (129, 1, 128, 1, 7, 257),
+        (333, 3, 128, 64, 449, 257),
+        (130, 1, 64, 17, 2, 511),
+        (40, 2, 128, 300, 1, 257),
+    ],
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @torch.no_grad()
 def test_attention_to_prompt_and_picture(
     tokens: int, heads: int, width: int, text: int, times: int, image: int, dtype: torch.dtype
 ) -> None:
-    """Keys beyond a block, one key, an empty row that counts often, slices of wider tensors."""
+    """Keys beyond a block, one key, an empty row that counts often, slices of wider tensors.
+
+    Keys of half precision are held while queries go by, as far as there is room: the last size is beyond it.
+    """
     if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter makes products of bfloat16's bits")
     q = draw(2, tokens, 2, heads, width, dtype=dtype)[:, :, 1]
@@ -188,7 +200,8 @@ def test_attention_to_prompt_and_picture(
         SDPA,
     )
     assert ours.shape == (2, tokens, heads * width)
-    assert_near(ours, PLAIN.cross_attention(*given).to(dtype), 2e-5 if dtype == torch.float32 else 2e-2)
+    rounding = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert_near(ours, PLAIN.cross_attention(*given).to(dtype), rounding)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -38,6 +38,7 @@ EVERY_LAYER = [
 LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
 SHARED_BYTES = 227 * 1024  # that one program may have on a Hopper GPU
 STACK_BYTES = 64  # a thread, next to 1 kB of registers
+MORE_STACK_BYTES = {"_cross_held": 96}  # measured: faster by a third than what needs none
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU they run"),
@@ -81,7 +82,7 @@ def assert_machine_code(compiled: Compiled, names: set[str]) -> None:
     for name, kernels in compiled.items():
         for kernel in kernels:
             assert kernel.metadata.shared <= SHARED_BYTES, name
-            assert stack_bytes(kernel.asm["cubin"]) <= STACK_BYTES, name
+            assert stack_bytes(kernel.asm["cubin"]) <= MORE_STACK_BYTES.get(name, STACK_BYTES), name
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -117,7 +118,9 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
             meta(1, 16, LATENTS, H, W), meta(1), meta(1, 20, LATENTS, H, W), context, heard, UNDIVIDED
         )
         assert velocity.shape == (1, 16, LATENTS, H, W)
-    assert_machine_code(compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_cross", "_fold", "_softmax"})
+    assert_machine_code(
+        compiled, {"_sum_norm", "_rms_rotate", "_quantise", "_cross_held", "_fold", "_softmax"}
+    )
 
 
 def test_attention_to_prompt_and_picture_in_float32(compiled: Compiled) -> None:

@@ -3,6 +3,8 @@ computes, for any counts (properties, with ranks as threads); a split that canno
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from attending import attend
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from flashtalk_cli.errors import ConfigError
 from flashtalk_cli.models.attention import SDPA
+from flashtalk_cli.models.attention_fp8 import emulated, to_e4m3
 from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.spatial import TileGrid
 from flashtalk_cli.parallel.split import Grid, choose_grid, run_length, span, split, ulysses_degree
@@ -112,6 +115,27 @@ def test_ranks_attend_as_one(case: tuple[int, int, int, int, int], seed: int) ->
         return own.gather(attend(own, SDPA, *parts, length), 1, length)
 
     expected = SDPA(q, k, v)
+    for found in on_ranks(len(ranks), work):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@few
+@given(sequences(), st.integers(0, 2**31))
+def test_ranks_attend_as_one_in_eight_bits(case: tuple[int, int, int, int, int], seed: int) -> None:
+    """Property: e4m3 travels as it is, and each rank is told the scales of its own heads."""
+    ulysses, ring, heads, length, batch = case
+    draw = torch.Generator().manual_seed(seed)
+    scales = 0.01 + torch.rand(3, batch, heads, generator=draw)
+    whole = torch.randn(3, batch, length, heads, 16, generator=draw)
+    q, k, v = (to_e4m3(x, scale) for x, scale in zip(whole, scales, strict=True))
+    ranks, kernel = rings(ulysses, ring), partial(emulated, dtype=torch.float32)
+
+    def work(rank: int) -> Tensor:
+        own = ranks[rank]
+        parts = (own.shard(x.float(), 1).to(x.dtype) for x in (q, k, v))
+        return own.gather(attend(own, kernel, *parts, length, scales), 1, length)
+
+    expected = kernel(q, k, v, scales)
     for found in on_ranks(len(ranks), work):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 

@@ -8,7 +8,7 @@ MAIN, HOST = "main", "host"  # lanes: the stream that a chunk is computed on, an
 
 
 class Part(NamedTuple):
-    """One stretch of work; seconds since its chunk began."""
+    """One stretch of work; seconds since its chunk had the main lane."""
 
     name: str
     lane: str

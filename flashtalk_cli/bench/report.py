@@ -89,9 +89,14 @@ def build(job: BenchJob, found: Measured) -> dict[str, Any]:
         "memory": {"peak_gib": max(rank["peak_memory_gib"] for rank in found.ranks)},
         "timeline": [
             {**part._asdict(), "start_s": round(part.start_s, MICRO), "end_s": round(part.end_s, MICRO)}
-            for part in timed[median]
+            for part in (part.later(_ahead_s(timed[median])) for part in timed[median])
         ],
     }
+
+
+def _ahead_s(chunk: Sequence[Part]) -> float:
+    """How long before the main lane had it a chunk was begun: its sound is encoded beside the chunk before."""
+    return max(0.0, *(-part.start_s for part in chunk))
 
 
 def _end_s(chunk: Sequence[Part]) -> float:
@@ -156,7 +161,7 @@ def _live(
 ) -> dict[str, Any]:
     """What somebody who speaks into it would meet."""
     fill_s, lookahead_s = job.preset.sampling.new_s, job.preset.live.lookahead_s
-    first_s = [next(p.end_s for p in parts if p.name == COPY) for parts in found.chunks]
+    first_s = [_ahead_s(parts) + next(p.end_s for p in parts if p.name == COPY) for parts in found.chunks]
     first = spread(first_s[job.warmup_chunks :])
     loading_s = sum(once[name] for name in ("process", "inputs", "load", "prepare"))
     heard_s = fill_s + lookahead_s

@@ -59,16 +59,11 @@ class Timer:
     def chunks(self) -> list[list[Part]]:
         """Of every chunk its parts, in the order in which they were marked; waits for the device.
 
-        A chunk begins with the first of them: its sound may be encoded while the one before is still worked on.
+        Seconds are from where the main lane is free for it: its sound may be encoded before, at less than zero.
         """
         if self._on_gpu:
             torch.cuda.synchronize()
-        chunks = []
-        for chunk in self._chunks:
-            parts = [self._placed(chunk, *part) for part in chunk.parts]
-            earlier_s = max(0.0, *(-part.start_s for part in parts)) if parts else 0.0
-            chunks.append([part.later(earlier_s) for part in parts])
-        return chunks
+        return [[self._placed(chunk, *part) for part in chunk.parts] for chunk in self._chunks]
 
     def between_s(self, first: int) -> float:
         """From the beginning of chunk `first` to the beginning of the last one; waits for the device."""

@@ -42,14 +42,13 @@ PARTS = {
     "hear": ("audio_cross_attn.kv_linear",),
 }
 
-# What multiplies in eight bits where that is asked for: these layers of a block, in all but the last blocks. Any
-# may be named, of self_attn's q, k and v all or none. The last block stays exact: its errors are the largest, and a
-# picture that is fed by itself carries them on (measured, see bench/README.md).
+# What multiplies in eight bits where that is asked for: these layers of a block, in all but the last EXACT_BLOCKS.
+# Any may be named, of self_attn's q, k and v all or none. What it costs in the picture: see bench/README.md.
 EIGHT_BITS = (
     *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
     *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
 )
-EXACT_BLOCKS = 1
+EXACT_BLOCKS = 0
 
 
 @dataclass(frozen=True)

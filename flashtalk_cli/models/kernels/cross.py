@@ -2,6 +2,10 @@
 
 A library's kernel takes one set of keys, and pads 257 of them to 352. It also takes every empty row of a prompt
 by itself, of which there are hundreds: here they are one key that counts so many times (see PromptKeys).
+
+All keys and values of a head fit into a multiprocessor's shared memory, if they are as few as the released model's
+(64 rows of a prompt, 257 of a picture): so a program loads them once, by the copy engine, and takes one block of
+queries of that head after another. More keys are taken piece by piece for every block.
 """
 
 from __future__ import annotations
@@ -12,13 +16,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashtalk_cli.models.attention import KeyValue, PromptKeys
 
 # By bytes a number: tokens of a program, and keys that it takes at once. In float32 no tensor core multiplies, and
 # the larger tiles would need 7 kB a thread beyond its registers.
 TILES = {2: (128, 64), 4: (64, 16)}
-WARPS = 8
+WARPS, STAGES = 8, 3
+# Where keys are held: those of the picture come in pieces, the last of which is as wide as it must be. A block's sums
+# and a piece's scores, weights and addresses have to share a thread's registers.
+HELD_TOKENS, HELD_WARPS, HELD_STAGES, PIECE = 128, 8, 1, 64
+HOPPER = (132, 227 * 1024)  # multiprocessors, and bytes of shared memory that a program may have there
+OWN = 2048  # bytes of them that are Triton's
 
 
 @triton.jit
@@ -112,12 +122,129 @@ def _cross(  # type: ignore[no-untyped-def]
     tl.store(out + to, (said + seen).to(out.dtype.element_ty), there)
 
 
+@triton.jit
+def _load(x, video, first, head, ROWS: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows of a head from `first` on: [ROWS, WIDE], zeros where there are none."""
+    return tl.reshape(x.load([video, head, first, 0]), (ROWS, WIDE))
+
+
+@triton.jit
+def _hold(  # type: ignore[no-untyped-def]
+    x, last, video, head, WIDE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, REST: tl.constexpr
+):
+    """All rows of a head: so many pieces, and REST by what loads fewer."""
+    held = ()
+    for index in tl.static_range(PIECES):
+        held = held + (_load(x, video, index * PIECE, head, PIECE, WIDE),)  # type: ignore[assignment]  # noqa: RUF005
+    if REST:
+        held = held + (_load(last, video, PIECES * PIECE, head, REST, WIDE),)  # type: ignore[assignment]  # noqa: RUF005
+    return held
+
+
+@triton.jit
+def _seen(q, ks, vs, n_keys, scale, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """softmax(q k^T scale) v of pieces of keys and values: float32 [tokens, WIDE]."""
+    for index in tl.static_range(len(ks)):
+        score = tl.dot(q, tl.trans(ks[index]), input_precision="ieee")
+        if index == len(ks) - 1:
+            key = index * PIECE + tl.arange(0, score.shape[1])
+            score = tl.where((key < n_keys)[None, :], score, float("-inf"))
+        if index == 0:
+            peak = tl.max(score, 1) * scale
+            weight = tl.exp2(score * scale - peak[:, None])
+            total = tl.sum(weight, 1)
+            out = tl.dot(weight.to(vs[0].dtype), vs[0], input_precision="ieee")
+        else:
+            higher = tl.maximum(peak, tl.max(score, 1) * scale)
+            weight = tl.exp2(score * scale - higher[:, None])
+            kept = tl.exp2(peak - higher)
+            total = total * kept + tl.sum(weight, 1)
+            out = tl.dot(weight.to(vs[0].dtype), vs[index], out * kept[:, None], input_precision="ieee")
+            peak = higher
+    return out * (1 / total)[:, None]
+
+
+@triton.jit
+def _said(q, ks, vs, out, n_keys, scale, last, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same of the prompt, added to `out`: divided by its sum before its products, not after."""
+    scores = ()
+    for index in tl.static_range(len(ks)):
+        key = index * PIECE + tl.arange(0, ks[index].shape[0])
+        owed = tl.where(key == n_keys - 1, last, tl.where(key < n_keys, 0.0, float("-inf")))
+        score = tl.dot(q, tl.trans(ks[index]), input_precision="ieee") * scale + owed[None, :]
+        scores = scores + (score,)  # type: ignore[assignment]  # noqa: RUF005
+    peak = tl.max(scores[0], 1)  # type: ignore[misc]
+    for index in tl.static_range(1, len(scores)):
+        peak = tl.maximum(peak, tl.max(scores[index], 1))
+    weights = ()
+    total = tl.zeros_like(peak)
+    for index in tl.static_range(len(scores)):
+        weight = tl.exp2(scores[index] - peak[:, None])
+        total += tl.sum(weight, 1)
+        weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
+    inverse = 1 / total
+    for index in tl.static_range(len(weights)):
+        weight = (weights[index] * inverse[:, None]).to(vs[0].dtype)
+        out = tl.dot(weight, vs[index], out, input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _cross_held(  # type: ignore[no-untyped-def]
+    x,
+    text_k,
+    text_v,
+    image_k,
+    image_v,
+    out,
+    text_rest_k,
+    text_rest_v,
+    image_rest_k,
+    image_rest_v,
+    n_text,
+    n_image,
+    scale,
+    last,
+    heads,
+    blocks,
+    run,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PIECE: tl.constexpr,
+    TEXT_PIECES: tl.constexpr,
+    TEXT_REST: tl.constexpr,
+    PIECES: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """`run` blocks of tokens, all of a head before those of the next. Grid (runs, videos).
+
+    Tensors come as descriptors of their tiles.
+    """
+    video, begin = tl.program_id(1), tl.program_id(0) * run
+    end = tl.minimum(begin + run, blocks * heads)
+    for head in range(begin // blocks, tl.cdiv(end, blocks)):
+        said_k = _hold(text_k, text_rest_k, video, head, WIDE, PIECE, TEXT_PIECES, TEXT_REST)
+        said_v = _hold(text_v, text_rest_v, video, head, WIDE, PIECE, TEXT_PIECES, TEXT_REST)
+        seen_k = _hold(image_k, image_rest_k, video, head, WIDE, PIECE, PIECES, REST)
+        seen_v = _hold(image_v, image_rest_v, video, head, WIDE, PIECE, PIECES, REST)
+        start = tl.maximum(begin - head * blocks, 0)
+        stop = tl.minimum(end - head * blocks, blocks)
+        for block in range(start, stop):
+            q = _load(x, video, block * TOKENS, head, TOKENS, WIDE)
+            value = _seen(q, seen_k, seen_v, n_image, scale, PIECE)
+            value = _said(q, said_k, said_v, value, n_text, scale, last, PIECE)
+            done = tl.reshape(value.to(q.dtype), (1, 1, TOKENS, WIDE))
+            out.store([video, head, block * TOKENS, 0], done)
+
+
 def attention(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
     """Of q [B, n, heads, head_dim], of any strides but the last: [B, n, heads * head_dim]."""
     videos, n_tokens, heads, width = q.shape
     given = (q, text.k, text.v, *image)
     assert all(x.stride(3) == 1 for x in given), [x.stride() for x in given]
     out = torch.empty(videos, n_tokens, heads * width, dtype=q.dtype, device=q.device)
+    if _attention_held(q, text, image, out):
+        return out
     tokens, keys = TILES[q.element_size()]
     _cross[(triton.cdiv(n_tokens, tokens), heads, videos)](
         *given,
@@ -125,7 +252,70 @@ def attention(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
         *(n_tokens, text.k.shape[1], image.k.shape[1]),
         *(x.stride()[:3] for x in given),
         *(width**-0.5 * math.log2(math.e), math.log2(text.times)),
-        *(width, max(16, triton.next_power_of_2(width)), tokens, keys),
+        *(width, padded(width), tokens, keys),
         num_warps=WARPS,
+        num_stages=STAGES,
     )
     return out
+
+
+def _attention_held(q: Tensor, text: PromptKeys, image: KeyValue, out: Tensor) -> bool:
+    """The same where all keys of a head are held; whether they could be."""
+    videos, n_tokens, heads, width = q.shape
+    wide, lengths = padded(width), (text.k.shape[1], image.k.shape[1])
+    pieces, rests = zip(*(_cut(n) for n in lengths), strict=True)
+    used = (2 * (sum(pieces) * PIECE + sum(rests)) + HELD_TOKENS) * wide * q.itemsize
+    given = (q, text.k, text.v, *image)
+    starts = (x.data_ptr() for x in given)
+    steps = (n * q.itemsize for x in given for n in x.stride()[:3])
+    processors, room = _machine(q.device)
+    if (
+        q.itemsize != 2
+        or used > room - OWN
+        or lengths[0] > 2 * PIECE
+        or any(n % 16 for n in (*starts, *steps))
+    ):
+        return False
+    blocks = triton.cdiv(n_tokens, HELD_TOKENS)
+    run = triton.cdiv(blocks * heads, max(1, processors // videos))
+    _cross_held[(triton.cdiv(blocks * heads, run), videos)](
+        _tiles(q, HELD_TOKENS, wide),
+        *(_tiles(x, PIECE, wide) for x in given[1:]),
+        _tiles(out.view(q.shape), HELD_TOKENS, wide),
+        *(
+            _tiles(x, max(rest, 16), wide)
+            for kv, rest in zip((text[:2], image), rests, strict=True)
+            for x in kv
+        ),
+        *(*lengths, width**-0.5 * math.log2(math.e), math.log2(text.times), heads, blocks, run),
+        *(wide, HELD_TOKENS, PIECE, pieces[0], rests[0], pieces[1], rests[1]),
+        num_warps=HELD_WARPS,
+        num_stages=HELD_STAGES,
+    )
+    return True
+
+
+def _cut(n: int) -> tuple[int, int]:
+    """Whole pieces of n keys, and what is loaded for the rest of them."""
+    pieces, rest = divmod(n, PIECE)
+    return pieces, padded(rest) if rest else 0
+
+
+def _tiles(x: Tensor, rows: int, wide: int) -> TensorDescriptor:
+    """x [B, n, heads, head_dim], to be taken or given as [1, 1, rows, wide] of a video and a head."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, wide])
+
+
+def padded(n: int) -> int:
+    """What a product of tiles takes at least."""
+    return max(16, triton.next_power_of_2(n))
+
+
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, on each of which one such program runs, and the bytes of shared memory that it may have."""
+    if device.type != "cuda":  # interpreted, or compiled only
+        return HOPPER
+    found = torch.cuda.get_device_properties(device)
+    room = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
+    return found.multi_processor_count, room

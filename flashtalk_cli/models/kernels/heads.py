@@ -19,7 +19,7 @@ from flashtalk_cli.models.kernels.rows import _grouped
 HEADS = 8  # of a tile
 NUMBERS = {2: 8192, 4: 2048}  # of a tile, by bytes a number: in float32 no tensor core multiplies
 WARPS, REGISTERS = 8, 128  # so that two programs share a multiprocessor
-STAGES = 2  # the next tile is fetched while one is worked on
+STAGES = 3  # two more tiles are fetched while one is worked on
 
 
 @triton.jit

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COLUMNS = 128  # of the folded matrix, a program
+from flashtalk_cli.models.kernels.cross import padded
+
+# Of a program that folds, by bytes a number: rows, of all frames, that it takes at once, and columns. Hopper's tensor
+# cores take 64 rows at least, and in float32 there is none: larger tiles would not fit into registers. Few warps, so
+# that several programs share a multiprocessor and some read weights while others write.
+TILES = {2: (64, 128), 4: (16, 64)}
+WARPS, STAGES = 4, 2
 SEGMENTS = 4096  # numbers of softmaxes that a program takes at once
 
 
@@ -32,27 +38,32 @@ def _fold(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PADDED_TOKENS: tl.constexpr,
-    PADDED_WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Of every frame, x [TOKENS, WIDTH] of a head times its weight [WIDTH, columns]. Grid (columns, heads)."""
+    """x [frames TOKENS, WIDTH] of a head times its weight [WIDTH, columns], which is read once. Grid (columns, heads)."""
     head = tl.program_id(1)
-    token, channel = tl.arange(0, PADDED_TOKENS), tl.arange(0, PADDED_WIDTH)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    channel, column = tl.arange(0, WIDE), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = (channel < WIDTH)[:, None] & (column < dim)[None, :]
     within = channel[:, None] * weight_row_step + column[None, :] * weight_column_step
     w = tl.load(weight + head.to(tl.int64) * weight_head_step + within, there, other=0.0)
-    known = (token < TOKENS)[:, None] & (channel < WIDTH)[None, :]
-    for frame in range(n_frames):
-        at = frame * frame_step + head * head_step + token[:, None] * token_step + channel[None, :]
+    x += head * head_step
+    if BIAS:
+        shift = tl.load(bias + column, column < dim, other=0.0).to(tl.float32) / HEADS
+    n_rows = n_frames * TOKENS
+    for first in range(0, n_rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        frame, token = row // TOKENS, row % TOKENS
+        known = (row < n_rows)[:, None] & (channel < WIDTH)[None, :]
+        at = (frame * frame_step + token * token_step)[:, None] + channel[None, :]
         value = tl.dot(tl.load(x + at, known, other=0.0), w, input_precision="ieee")
         if BIAS:
-            value += tl.load(bias + column, column < dim, other=0.0).to(tl.float32)[None, :] / HEADS
-        row = ((frame * HEADS + head) * TOKENS + token).to(tl.int64)
-        wanted = (token < TOKENS)[:, None] & (column < dim)[None, :]
-        tl.store(out + row[:, None] * dim + column[None, :], value.to(out.dtype.element_ty), wanted)
+            value += shift[None, :]
+        to = ((frame * HEADS + head) * TOKENS + token).to(tl.int64) * dim
+        wanted = (row < n_rows)[:, None] & (column < dim)[None, :]
+        tl.store(out + to[:, None] + column[None, :], value.to(out.dtype.element_ty), wanted)
 
 
 @triton.jit
@@ -87,9 +98,12 @@ def fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dim = weight.shape[2]
     assert x.stride(3) == 1, x.stride()
     out = torch.empty(n_frames, heads * n_tokens, dim, dtype=x.dtype, device=x.device)
-    _fold[(triton.cdiv(dim, COLUMNS), heads)](
+    rows, columns = TILES[x.itemsize]
+    _fold[(triton.cdiv(dim, columns), heads)](
         *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), dim, heads, n_tokens, width),
-        *(_padded(n_tokens), _padded(width), COLUMNS, bias is not None),
+        *(padded(width), rows, columns, bias is not None),
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     return out
 
@@ -108,8 +122,3 @@ def softmax(scores: Tensor, bias: Tensor, scale: float) -> Tensor:
         *(scores, bias.contiguous(), scale, n_segments, n_tokens * heads, heads, n_keys, wide, each)
     )
     return scores
-
-
-def _padded(n: int) -> int:
-    """What a product of tiles takes at least."""
-    return max(16, triton.next_power_of_2(n))
