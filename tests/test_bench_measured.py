@@ -30,8 +30,9 @@ from tests.bench_reports import make
 KEPT = Path(__file__).parent / "golden" / "bench"
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 REPORTS = sorted(path for path in KEPT.glob("*.json") if "schema" in json.loads(path.read_text()))
-BF16, FP8 = KEPT / "h200x2-bf16.json", KEPT / "h200x2-fp8.json"
-ALONE, ALONE_FP8 = KEPT / "h200x1-bf16.json", KEPT / "h200x1-fp8.json"
+BF16, FP8 = KEPT / "h200x2-bf16.json", KEPT / "h200x2-fp8-attention.json"
+ALONE, ALONE_FP8 = KEPT / "h200x1-bf16.json", KEPT / "h200x1-fp8-attention.json"
+PRESETS = {"h200x1-fp8": ALONE_FP8, "h200x2-bf16": BF16, "h200x2-realtime": FP8}
 
 
 def ms(seconds: float) -> str:
@@ -119,7 +120,8 @@ def quoted(*texts: str) -> None:
 def row_of(report: dict[str, Any]) -> str:
     chunk_s, first_s = report["chunk"]["p50_s"], report["live"]["first_frame"]["p50_s"]
     return (
-        f"| {words.hardware(report)}, {words.number_format(report)} | {report['speed']['fps']:.1f} "
+        f"| {words.hardware(report)}, {words.number_format(report)} | {report['fingerprint']['date'][:10]} "
+        f"| {report['speed']['fps']:.1f} "
         f"| {chunk_s:.2f} s | {first_s:.2f} s | {report['memory']['peak_gib']:.1f} GiB |"
     )
 
@@ -130,7 +132,7 @@ def test_readme_quotes_every_report(path):
     report = read(path)
     seen = report["fingerprint"]
     quoted(
-        row_of(report), seen["date"][:10], f"torch {seen['torch'].partition('+')[0]}", seen["driver"] or ""
+        row_of(report), f"torch {seen['torch'].partition('+')[0]}", seen["driver"] or ""
     )
 
 
@@ -179,16 +181,17 @@ def test_readme_quotes_how_far_gpu_counts_differ():
     )
 
 
-@pytest.mark.parametrize("path", [ALONE_FP8, BF16, FP8], ids=lambda path: path.stem)
-def test_presets_say_what_was_measured(path):
-    """The description has the frames a second of the report of that name, whose settings are the preset's."""
-    preset, report = presets.load(path.stem), read(path)
+@pytest.mark.parametrize(("name", "path"), PRESETS.items(), ids=PRESETS)
+def test_presets_say_what_was_measured(name, path):
+    """The description has the frames a second of a report whose settings are the preset's."""
+    preset, report = presets.load(name), read(path)
     setting, canvas = report["setting"], preset.canvas
     assert f"{report['speed']['fps']:.1f} frames a second measured" in preset.description
     assert setting["ranks"] == preset.compute.gpus
     assert (setting["model"], setting["steps"]) == (preset.model.name, preset.sampling.steps)
     assert setting["canvas"] == f"{canvas.width_px}x{canvas.height_px}"
     assert setting["precision"] == preset.precision.model_dump()
+    assert preset.compute.attention in ("auto", setting["attention"])
 
 
 FLOAT32 = {

@@ -268,9 +268,9 @@ def test_checks_come_in_the_order_of_their_cost(inputs, jobs, capsys):
     ("gpus", "options", "said"),
     [
         (0, ["--preset", "soulx-14b"], "soulx-14b needs a GPU and this machine has none: take --preset mini"),
-        (0, ["--preset", "h200x2-fp8"], "--device cpu"),
+        (0, ["--preset", "h200x2-realtime"], "--device cpu"),
         (0, ["--device", "cuda"], "mini needs a GPU"),
-        (1, ["--preset", "h200x2-fp8"], "needs 2 GPUs, this machine has 1: lower --gpus"),
+        (1, ["--preset", "h200x2-realtime"], "needs 2 GPUs, this machine has 1: lower --gpus"),
         (0, ["--device", "auto", "--set", "precision.dit=fp8"], "--set precision.dit=auto"),
         (0, ["--device", "auto", "--offload"], "leave it out"),
     ],
@@ -289,7 +289,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_a_model_is_missed(
 @pytest.mark.parametrize("gpus", [None, 2, 8])
 def test_gpus_that_may_be_enough_are_not_doubted(inputs, jobs, monkeypatch, gpus):
     monkeypatch.setattr(machine, "most_gpus", lambda: gpus)
-    assert run(["render", "portrait.png", "hello.wav", "--preset", "h200x2-fp8", "--weights", "random"]) == 0
+    assert run(["render", "portrait.png", "hello.wav", "--preset", "h200x2-realtime", "--weights", "random"]) == 0
     assert jobs
 
 

@@ -81,7 +81,7 @@ SEEN = {"torch": "2", "cuda": "13", "threads": 2, "gpus": [], "attention": {"sdp
     [
         ([], ["mini"]),
         ([GPU], ["h200x1-fp8", "mini", "soulx-14b"]),
-        ([GPU, GPU], ["h200x1-fp8", "h200x2-bf16", "h200x2-fp8", "mini", "soulx-14b"]),
+        ([GPU, GPU], ["h200x1-fp8", "h200x2-bf16", "h200x2-realtime", "mini", "soulx-14b"]),
         ([{**GPU, "total_bytes": 45e9}], ["h200x1-fp8", "mini", "soulx-14b"]),  # the last with --offload
         ([{**GPU, "total_bytes": 8e9}], ["mini"]),
     ],
@@ -100,7 +100,7 @@ def test_doctor_says_which_preset_fits(monkeypatch, gpus, fits):
         (24e9, 128e9, "h200x1-fp8: needs a GPU with 42 GB; the largest here has 24 GB"),
         (24e9, 16e9, "needs 44 GB of host memory with --offload; there are 16 GB"),
         (8e9, 128e9, "needs a GPU with 49 GB, or 20 GB with --offload; the largest here has 8 GB"),
-        (140e9, 1e9, "h200x2-fp8: needs 2 GPUs; there is 1"),
+        (140e9, 1e9, "h200x2-realtime: needs 2 GPUs; there is 1"),
     ],
 )
 def test_doctor_says_what_a_preset_takes(monkeypatch, total_bytes, host_bytes, said):

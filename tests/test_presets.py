@@ -297,9 +297,9 @@ def test_the_released_model_runs_with_the_released_values():
 
 
 SHORT = {  # presets of the released model that say only what is theirs
-    "h200x1-fp8": {"precision.dit": "fp8"},
+    "h200x1-fp8": {"precision.dit": "fp8", "compute.attention": "fa3-fp8"},
     "h200x2-bf16": {"compute.gpus": 2},
-    "h200x2-fp8": {"compute.gpus": 2, "precision.dit": "fp8"},
+    "h200x2-realtime": {"compute.gpus": 2, "precision.dit": "fp8", "compute.attention": "fa3-fp8"},
 }
 
 
