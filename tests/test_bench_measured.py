@@ -131,9 +131,7 @@ def test_readme_quotes_every_report(path):
     """Frames a second, chunk, first frame and memory as a row; when it was measured, and with what."""
     report = read(path)
     seen = report["fingerprint"]
-    quoted(
-        row_of(report), f"torch {seen['torch'].partition('+')[0]}", seen["driver"] or ""
-    )
+    quoted(row_of(report), f"torch {seen['torch'].partition('+')[0]}", seen["driver"] or "")
 
 
 def test_readme_quotes_what_the_parts_of_a_chunk_take():

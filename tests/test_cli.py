@@ -289,7 +289,10 @@ def test_a_machine_that_cannot_run_it_is_told_before_a_model_is_missed(
 @pytest.mark.parametrize("gpus", [None, 2, 8])
 def test_gpus_that_may_be_enough_are_not_doubted(inputs, jobs, monkeypatch, gpus):
     monkeypatch.setattr(machine, "most_gpus", lambda: gpus)
-    assert run(["render", "portrait.png", "hello.wav", "--preset", "h200x2-realtime", "--weights", "random"]) == 0
+    assert (
+        run(["render", "portrait.png", "hello.wav", "--preset", "h200x2-realtime", "--weights", "random"])
+        == 0
+    )
     assert jobs
 
 
