@@ -142,7 +142,8 @@ class RmsNorm(nn.Module):
         """
         width, channels = x.shape[-2:]
         wide = torch.promote_types(x.dtype, torch.float32)
-        y = out.copy_(x) if x.dtype == wide else x.to(wide)
+        # In rows of pixels, however x lies: some CPUs' convolutions give channels first.
+        y = out.copy_(x) if x.dtype == wide else torch.empty(x.shape, dtype=wide).copy_(x)
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).clamp_min_(_NORM_FLOOR)
         y.mul_(norm.reciprocal_().mul_(math.sqrt(channels)))
         y.flatten(-2).mul_(self.gamma.to(wide).flatten().expand(width, -1).flatten())

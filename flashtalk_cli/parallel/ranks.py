@@ -169,7 +169,7 @@ def join(device: torch.device, log: Path | None = None, patience_s: float = UNWA
     else:
         dist.init_process_group("gloo", timeout=timeout)
     distributed_c10d._set_pg_timeout(timedelta(seconds=patience_s))
-    one_host = int(os.environ["LOCAL_WORLD_SIZE"]) == size  # set by torchrun
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(size)  # set by torchrun
     return Ranks(device, size, rank, one_host, traffic, pulse, patience_s=patience_s)
 
 
