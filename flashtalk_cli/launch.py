@@ -55,8 +55,11 @@ SOCKET_PATH_BYTES = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 # And how much freed memory glibc keeps instead of giving it back: a chunk on a CPU frees and asks for the same
 # few megabytes thousands of times, and every page that was given back costs a fault.
 #
+# And that GPUs' shared memory is set up without multicast, which is not used: there are hosts where it cannot be.
+#
 # And that MKL adds up in one order whatever the number of threads: without AVX-512, products of few rows differ.
 ENVIRONMENT = {
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "MKL_CBWR": "AUTO,STRICT",
     "GOMP_SPINCOUNT": "50000",
     "MALLOC_TRIM_THRESHOLD_": "268435456",

@@ -178,9 +178,13 @@ class Worker:
         speech = self.job.speech
         encoder = self.speech_encoder()
         # Rows for other ranks are wanted on the host, which need not wait for what the GPU still does for the chunk
-        # before: its own stream has nothing to wait for.
+        # before: its own stream has nothing of that to wait for.
         several = self.ranks.size > 1 and self.device.type == "cuda"
         apart = torch.cuda.Stream(self.device) if several else None
+        if apart is not None:
+            apart.wait_stream(
+                torch.cuda.current_stream(self.device)
+            )  # once: the encoder's weights are being made
         gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
 
         def features(heard: chunks.Heard) -> Tensor:

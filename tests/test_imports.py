@@ -65,7 +65,13 @@ LIGHT_DISTILL = "distill/config.py"  # and of distill
 ENVIRONMENT = {
     "distill/people/kokoro.py": {"FLASHTALK_KOKORO"},
     "models/folder.py": {"FLASHTALK_HOME", "XDG_CACHE_HOME"},
-    "launch.py": {"GOMP_SPINCOUNT", "MKL_CBWR", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"},
+    "launch.py": {
+        "GOMP_SPINCOUNT",
+        "MKL_CBWR",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+        "MALLOC_TRIM_THRESHOLD_",
+        "MALLOC_MMAP_THRESHOLD_",
+    },
     "placement.py": {"OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"},
     "parallel/ranks.py": {"LOCAL_WORLD_SIZE"},  # torchrun's
     "live/control.py": {"XDG_RUNTIME_DIR"},

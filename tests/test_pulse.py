@@ -302,6 +302,7 @@ def test_a_replay_counts_as_one_exchange_and_its_recording_ends_before_the_group
         torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("replay"))
     )
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", object)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("ended"))
     ranks = Ranks(torch.device("cpu"), size=2)
     ranks.traffic.timer = SimpleNamespace(begin=lambda: done.append("timed"), end=lambda: None)
@@ -326,6 +327,7 @@ def test_a_step_is_recorded_by_all_ranks_or_by_none(
         torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: pytest.fail("replayed"))
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
 
     def recording(*_: object, **__: object) -> nullcontext[None]:
         if fails_here:

@@ -4,6 +4,7 @@ computes, for any counts (properties, with ranks as threads); a split that canno
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from flashtalk_cli.errors import ConfigError
 from flashtalk_cli.models.attention import SDPA
 from flashtalk_cli.models.attention_fp8 import emulated, to_e4m3
+from flashtalk_cli.parallel import shelf
+from flashtalk_cli.parallel.peers import Reached
 from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.spatial import TileGrid
 from flashtalk_cli.parallel.split import Grid, choose_grid, run_length, span, split, ulysses_degree
@@ -138,6 +141,21 @@ def test_ranks_attend_as_one_in_eight_bits(case: tuple[int, int, int, int, int],
     expected = kernel(q, k, v, scales)
     for found in on_ranks(len(ranks), work):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_begin_with_the_same_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: also one that got further than the others in a recording that failed."""
+    monkeypatch.setattr(shelf, "reach", lambda sizes, *_: Reached(torch.zeros(sizes), (), Mock()))
+    ours = shelf.PeerShelf(groups(2)[0])
+
+    def room() -> Tensor:
+        return ours.room((3,), torch.float32, torch.device("cpu"))
+
+    first, second = room(), room()
+    assert first is not second
+    assert room() is first
+    ours.begin()
+    assert room() is first
 
 
 def test_queries_keys_and_values_travel_together() -> None:

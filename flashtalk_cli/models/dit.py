@@ -298,6 +298,7 @@ class Block(nn.Module):
 
     def arrange(self, eight_bits: Collection[str]) -> None:
         """Make loaded weights ready: layers of these names quantised, and q, k, v in one piece of memory."""
+        self.self_attn.bounds = None
         to_eight_bits(self, eight_bits)
         lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
 

@@ -134,6 +134,8 @@ class UlyssesRing(Sequence):
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's run of tokens along `dim`, padded to the run length that all ranks share."""
+        if self.shelf is not None:
+            self.shelf.begin()
         start, stop = self.span(x.shape[dim])
         padding = run_length(x.shape[dim], self.everyone.size) - (stop - start)
         run = x.narrow(dim, start, stop - start)
@@ -169,6 +171,7 @@ class Swap(Exchange):
 
     def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
         """Attention to the keys of all tokens: [B, n, ranks that share heads, channels of a rank's heads]."""
+        _check_no_gradient(q)
         given = self.ulysses.all_to_all(self._room)
         q, k, v = rearrange(given, "u b n three (h d) -> three b (u n) h d", d=self.size.head_dim)
         if self.ring.size > 1:
@@ -201,6 +204,11 @@ class Gathering(Exchange):
 
     def attend(self, kernel: Attend, q: Tensor, k: Tensor, v: Tensor, scales: Tensor | None = None) -> Tensor:
         """Attention to the keys of all tokens: [B, n, dim]."""
+        _check_no_gradient(q)
         self._beside.join()
         k, v = rearrange(self._room, "r b n two (h d) -> two b (r n) h d", d=self.size.head_dim)
         return kernel(self._heads(q), k[:, : self.size.length], v[:, : self.size.length], scales).flatten(2)
+
+
+def _check_no_gradient(q: Tensor) -> None:
+    assert not (torch.is_grad_enabled() and q.requires_grad), "no gradient goes through an exchange"

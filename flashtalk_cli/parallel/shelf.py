@@ -28,6 +28,9 @@ class Shelf:
         """Memory [ranks, *shape]; this rank writes to the part of its number."""
         return torch.empty(self.group.size, *shape, dtype=dtype, device=device)
 
+    def begin(self) -> None:
+        """All ranks have met since the last room was read."""
+
     def share(self, room: Tensor) -> None:
         """What this rank wrote to all others, and what they wrote to us: in the order of the current stream."""
         self.group.share(room)
@@ -38,14 +41,18 @@ class PeerShelf(Shelf):
 
     A part is written to the others' room as soon as it is there. Nobody reads that room any more: whoever is one
     round behind still reads the other one, and nobody can be further behind, for each round ends with all having met.
-    A round that begins a recording anew is no exception, as long as ranks met between (the DiT's do when they
-    gather what it gives).
+    Whoever begins anew, with `begin` or a recording, may take the room of the last round again: ranks must have met
+    between (the DiT's do when they gather what it gives).
     """
 
     def __init__(self, group: Group) -> None:
         super().__init__(group)
         self._kind: object = None
         self._rooms: list[Reached] = []
+        self._turn = 0
+
+    def begin(self) -> None:
+        """All ranks begin with the same room, also after a recording that some of them did not get through."""
         self._turn = 0
 
     def room(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

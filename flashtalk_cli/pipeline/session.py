@@ -227,10 +227,11 @@ def _prime(models: Models, motion: Tensor, generator: torch.Generator, mark: Mar
     Between the chunks of a live stream that happens while the stream waits for sound, and otherwise while the GPU
     is busy with the chunk before.
     """
+    name = f"prime {motion.shape[2]}"  # a first chunk's is shorter; a recording for each
     with models.beside.run():
         mark("")
         video, decoder = _recorded(
-            models, "prime", lambda x: models.vae.decode(models.tiles.cut(x), tiles=models.tiles), motion
+            models, name, lambda x: models.vae.decode(models.tiles.cut(x), tiles=models.tiles), motion
         )
         mark("prime")
     first = first_noise(motion, models.sampling.chunk_latents, generator)

@@ -43,6 +43,9 @@ class Graphs:
     ) -> None:
         self._before, self._agree = before, agree
         self._recordings: dict[str, _Recording] = {}
+        self._stream: torch.cuda.Stream | None = (
+            None  # own: what libraries keep by stream is no other recorder's
+        )
         self.works = True  # nothing failed to be recorded so far
 
     def __call__(self, name: str, given: object, function: Callable[..., T], *inputs: Tensor) -> T:
@@ -75,7 +78,8 @@ class Graphs:
         """Record a function, or leave all recordings where that failed on any rank; whether it was recorded."""
         reason = "another rank could not record it"
         try:
-            _record(held, function, inputs)
+            self._stream = self._stream or torch.cuda.Stream()
+            _record(held, function, inputs, self._stream)
         except RuntimeError as error:
             reason = str(error).split("\n")[0]
         self.works = not self._agree(held.graph is None)
@@ -87,10 +91,15 @@ class Graphs:
         return self.works
 
 
-def _record(held: _Recording, function: Callable[..., object], inputs: tuple[Tensor, ...]) -> None:
+def _record(
+    held: _Recording,
+    function: Callable[..., object],
+    inputs: tuple[Tensor, ...],
+    stream: torch.cuda.Stream,
+) -> None:
     held.inputs = tuple(x.clone() for x in inputs)
     graph = torch.cuda.CUDAGraph()
     # Other threads (delivery of frames, a live session's) may use CUDA meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         held.output = function(*held.inputs)
     held.graph = graph

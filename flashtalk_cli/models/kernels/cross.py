@@ -317,5 +317,6 @@ def _machine(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":  # interpreted, or compiled only
         return HOPPER
     found = torch.cuda.get_device_properties(device)
-    room = getattr(found, "shared_memory_per_block_optin", found.shared_memory_per_block)
-    return found.multi_processor_count, room
+    if found.major != 9:  # measured on Hopper; elsewhere descriptors are served in other ways
+        return found.multi_processor_count, 0
+    return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", HOPPER[1])
