@@ -298,10 +298,28 @@ def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: py
     torch.testing.assert_close(state.motion, after.motion, rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def test_speech_folded_once_makes_the_same_chunk(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity: where there is no room to fold it for all steps, each step does, and makes the very same frames."""
+    from flashtalk_cli.models.dit import DiT
+    from flashtalk_cli.pipeline import session
+
+    conditions, windows = tiny["conditions"][0], tiny["windows"][0]
+    fold, folded = DiT.fold, []
+    monkeypatch.setattr(DiT, "fold", lambda *given: folded.append(fold(*given)) or folded[-1])
+    once, _ = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
+    assert len(folded) == 1
+    monkeypatch.setattr(session, "FOLDED_BYTES", 0)
+    each, _ = collect(session.step(tiny["models"], conditions, session.begin(conditions, 1), windows))
+    assert len(folded) == 1
+    assert torch.equal(once, each)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("folded_bytes", [0, 1 << 30])
 @torch.no_grad()
-def test_a_recorded_step_is_the_step(tiny: dict) -> None:
+def test_a_recorded_step_is_the_step(tiny: dict, monkeypatch: pytest.MonkeyPatch, folded_bytes: int) -> None:
     """Parity: sessions whose steps are replayed and whose decoder is primed beside give the frames of others.
 
     Several chunks of two sessions in turn, so that recordings are made, replayed and made anew.
@@ -309,9 +327,11 @@ def test_a_recorded_step_is_the_step(tiny: dict) -> None:
     from dataclasses import replace
 
     from flashtalk_cli.parallel.beside import Beside
+    from flashtalk_cli.pipeline import session
     from flashtalk_cli.pipeline.session import begin, prepare, step
     from flashtalk_cli.pipeline.streams import Graphs
 
+    monkeypatch.setattr(session, "FOLDED_BYTES", folded_bytes)
     cuda = torch.device("cuda")
     dit, vae = deepcopy(tiny["models"].dit).to(cuda), deepcopy(tiny["models"].vae).to(cuda)
     plain = replace(tiny["models"], dit=dit, vae=vae, device=cuda)

@@ -317,6 +317,23 @@ def test_a_replay_counts_as_one_exchange_and_its_recording_ends_before_the_group
     assert not graphs._recordings
 
 
+def test_what_a_recording_keeps_is_one_object_from_the_first_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: so that another recording can read it; a change of what is given besides makes it anew."""
+    replays: list[None] = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append(None)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    graphs, what, x = Graphs(), object(), torch.ones(3)
+    found = [graphs.kept("double", (what, 1000, (0, 2000)), lambda x: (2 * x,), x) for _ in range(3)]
+    assert found[0] is found[1] is found[2]
+    assert torch.equal(found[0][0], 2 * x)
+    assert len(replays) == 3
+    assert graphs.kept("double", (what, 1000, (0, 2001)), lambda x: (2 * x,), x) is not found[0]
+    assert graphs.kept("double", (object(), 1000, (0, 2001)), lambda x: (3 * x,), x)[0][0] == 3
+    graphs.works = False
+    assert graphs.kept("double", (what,), lambda x: (2 * x,), x) is not found[0]
+
+
 @pytest.mark.parametrize("fails_here", [True, False])
 def test_a_step_is_recorded_by_all_ranks_or_by_none(
     monkeypatch: pytest.MonkeyPatch, fails_here: bool

@@ -67,7 +67,7 @@ class AudioProjector(nn.Module):
         return rearrange(torch.cat([first, middle, last], dim=2), "b t w l d -> b t (w l d)")
 
 
-class _Folded(NamedTuple):
+class Folded(NamedTuple):
     """What frames hear, with the weights around it multiplied in: see AudioCrossAttention."""
 
     keys: Tensor  # [B, f, heads n, dim]
@@ -99,19 +99,18 @@ class AudioCrossAttention(nn.Module):
         k, v = rearrange(self.kv_linear(tokens), "b t n (two h d) -> two b t n h d", two=2, h=self.num_heads)
         return KeyValue(k, v)
 
-    def forward(self, x: Tensor, audio: KeyValue, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, audio: KeyValue | Folded, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim].
 
         Tokens are taken by frame: those of whole frames together, and what a rank holds of a frame at the
         beginning and the end of its run by itself. Padding gets zeros.
         """
         (start, stop), size = layout.span, layout.frame_tokens
-        first, last = start // size, -(-stop // size)
+        first = start // size
         whole = min(stop, -(-start // size) * size)
         rest = max(whole, stop // size * size)
+        folded = self.fold(audio, layout.span, size, layout.ops)
         outs = []
-        if start < stop:
-            folded = self._fold(KeyValue(*(kv[:, first:last] for kv in audio)), layout.ops)
         for begin, end in pairwise((start, whole, rest, stop)):
             if begin < end:
                 heard = slice(begin // size - first, -(-end // size) - first)
@@ -120,21 +119,40 @@ class AudioCrossAttention(nn.Module):
             outs.append(x.new_zeros(len(x), padding, x.shape[2]))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
-    def _fold(self, audio: KeyValue, ops: TokenOps) -> _Folded:
-        """Keys and values with their weights multiplied in; values with the output's bias, too."""
-        heads = self.num_heads
+    def fold(
+        self, audio: KeyValue | Folded, span: tuple[int, int], frame_tokens: int, ops: TokenOps
+    ) -> Folded:
+        """Keys and values, of the frames alone that tokens of this span belong to, with their weights multiplied in.
+
+        With values goes the output's bias, too. What is folded stays as it is.
+        """
+        if isinstance(audio, Folded):
+            return audio
+        heads, held = self.num_heads, frames_of(span, frame_tokens)
         w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
         w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
-        k, v = (kv.flatten(0, 1) for kv in audio)
+        k, v = (kv[:, held].flatten(0, 1) for kv in audio)
         biased = torch.einsum("fnhd,hd->fhn", k, self.q_linear.bias.unflatten(0, (heads, -1)))
         parts = ops.fold(k, w_q), ops.fold(v, w_o, self.proj.bias), biased
-        keys, values, biased = (part.unflatten(0, (len(audio.k), -1)) for part in parts)
-        return _Folded(keys, values, biased)
+        return Folded(*(part.unflatten(0, (len(audio.k), held.stop - held.start)) for part in parts))
 
-    def _attend(self, x: Tensor, folded: _Folded, frames: slice, ops: TokenOps) -> Tensor:
+    def _attend(self, x: Tensor, folded: Folded, frames: slice, ops: TokenOps) -> Tensor:
         """x [B, f s, dim] to what these frames, f of them, hear: [B, f s, dim]."""
         keys, values, biased = (part[:, frames].flatten(0, 1) for part in folded)
         x, videos = rearrange(x, "b (f s) c -> (b f) s c", f=len(keys) // len(x)), len(x)
         head_dim = x.shape[-1] // self.num_heads
         weights = ops.softmax(torch.bmm(x, keys.mT), biased, head_dim**-0.5)
         return rearrange(torch.bmm(weights, values), "(b f) s c -> b (f s) c", b=videos)
+
+
+def frames_of(span: tuple[int, int], frame_tokens: int) -> slice:
+    """The latent frames that tokens of a span belong to; a frame has so many."""
+    start, stop = span
+    return slice(start // frame_tokens, -(-stop // frame_tokens))
+
+
+def folded_bytes(p: DitParams, span: tuple[int, int], frame_tokens: int, dtype: torch.dtype) -> int:
+    """What `DiT.fold` takes for one video: keys and values of every block."""
+    frames = frames_of(span, frame_tokens)
+    keys = (frames.stop - frames.start) * p.num_heads * p.context_tokens
+    return 2 * p.num_layers * keys * p.dim * dtype.itemsize

@@ -2,6 +2,7 @@
 
     context  = dit.condition(text, image)      once a session
     audio    = dit.hear(windows)               once a chunk
+    audio    = dit.fold(audio, ...)            if there is memory for it; else every step does it anew
     velocity = dit(x, t, y, context, audio, par)   every step
 
 Everything that does not depend on x and t, the keys and values of all cross-attentions above all, is
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, PromptKeys
-from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector
+from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector, Folded
 from flashtalk_cli.models.fp8 import Rows, to_eight_bits
 from flashtalk_cli.models.head_bounds import HeadBounds
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
@@ -123,9 +124,9 @@ class Context:
 
 @dataclass(frozen=True)
 class AudioContext:
-    """What a chunk hears: for every block, keys and values [B, T, context_tokens, heads, head_dim]."""
+    """What a chunk hears: for every block, keys and values [B, T, context_tokens, heads, head_dim]; or folded."""
 
-    blocks: tuple[KeyValue, ...]
+    blocks: tuple[KeyValue | Folded, ...]
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,13 @@ class DiT(nn.Module):
         """
         tokens = self.audio_proj(windows.to(self.dtype))
         return AudioContext(tuple(block.audio_cross_attn.keys(tokens) for block in self._each_block("hear")))
+
+    def fold(self, audio: AudioContext, span: tuple[int, int], frame_tokens: int) -> AudioContext:
+        """What `hear` gave, made ready for the tokens held here (see Layout): for memory, a step's work less a step."""
+        ops = token_ops(audio.blocks[0][0])
+        layers = (block.audio_cross_attn for block in self._each_block("forward"))
+        pairs = zip(layers, audio.blocks, strict=True)
+        return AudioContext(tuple(layer.fold(heard, span, frame_tokens, ops) for layer, heard in pairs))
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, context: Context, audio: AudioContext, par: Sequence
@@ -303,7 +311,13 @@ class Block(nn.Module):
         lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue, audio: KeyValue, layout: Layout
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: KeyValue,
+        image: KeyValue,
+        audio: KeyValue | Folded,
+        layout: Layout,
     ) -> Tensor:
         """Tokens held here [B, n, dim] -> the same; modulation: float32 [B, 6, dim] of the time."""
         ops, eps = layout.ops, self.eps

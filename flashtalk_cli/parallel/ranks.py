@@ -84,7 +84,9 @@ class Ranks:
         return Group(len(own), list(own).index(self.rank), handles[tuple(own)], self.traffic)
 
     def _new_group(self, part: Sequence[int]) -> dist.ProcessGroup:
-        return dist.new_group(list(part), timeout=timedelta(seconds=self.patience_s))
+        handle = dist.new_group(list(part), timeout=timedelta(seconds=self.patience_s))
+        assert isinstance(handle, dist.ProcessGroup), "a rank makes groups that it is in"
+        return handle
 
     def wait(self) -> None:
         """Until all ranks are here."""

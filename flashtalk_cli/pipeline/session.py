@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flashtalk_cli.config import Sampling
-from flashtalk_cli.models.attention import KeyValue
+from flashtalk_cli.models.audio import folded_bytes
 from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import STRIDE_PX, Vae
 from flashtalk_cli.models.vae_blocks import Past
@@ -38,7 +38,10 @@ from flashtalk_cli.pipeline.streams import Graphs
 T = TypeVar("T")
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
-FILLING_PX = 448 * 768  # of a latent that keeps a large GPU busy down to the smallest level of the decoder
+FILLING_PX = 3 * 448 * 768  # of latents that keep a large GPU busy down to the smallest level of the decoder
+FOLDED_BYTES = (
+    6 << 30
+)  # a half of the released model's latents; with all of them 40 GB do no longer in eight bits
 ON_CPU = 2  # latents at once: a tenth faster than one, and more would hardly fit its cache
 
 
@@ -147,7 +150,7 @@ def step(
     if primed is None or primed.motion is not state.motion:
         primed = _prime(models, state.motion, generator, mark)
     generator.set_state(primed.noise)
-    heard = models.dit.hear(windows.to(models.device))
+    heard = _hear(models, windows.to(models.device), state.motion)
     mark("keys")
 
     def predict(x: Tensor, time: float) -> Tensor:
@@ -210,15 +213,31 @@ def latents_at_once(latents: Tensor, tiles: Tiles) -> int:
     return ON_CPU if latents.device.type == "cpu" else max(1, FILLING_PX * tiles.count // whole_px)
 
 
+def _hear(models: Models, windows: Tensor, motion: Tensor) -> AudioContext:
+    """What all steps of a chunk hear: folded for this rank's tokens where that takes little memory, by a graph if any.
+
+    motion: [1, 16, m, h, w], for the picture's size.
+    """
+    dit, (_, height, width) = models.dit, models.dit.params.patch_size
+    frame_tokens = motion.shape[3] // height * (motion.shape[4] // width)
+    span = models.sequence.span(models.sampling.chunk_latents * frame_tokens)
+    little = folded_bytes(dit.params, span, frame_tokens, dit.dtype) <= FOLDED_BYTES
+
+    def hear(windows: Tensor) -> AudioContext:
+        heard = dit.hear(windows)
+        return dit.fold(heard, span, frame_tokens) if little and not dit.offload else heard
+
+    graphs = models.graphs
+    return graphs.kept("hear", (dit, frame_tokens, span), hear, windows) if graphs else hear(windows)
+
+
 def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Tensor, t: Tensor) -> Tensor:
     """One step's velocity, by a recorded graph where there is one."""
 
-    def forward(x: Tensor, t: Tensor, *keys: Tensor) -> Tensor:
-        audio = AudioContext(tuple(KeyValue(k, v) for k, v in zip(keys[::2], keys[1::2], strict=True)))
-        return models.dit(x, t, conditions.y, conditions.context, audio, models.sequence)
+    def forward(x: Tensor, t: Tensor) -> Tensor:
+        return models.dit(x, t, conditions.y, conditions.context, heard, models.sequence)
 
-    inputs = (x, t, *(tensor for block in heard.blocks for tensor in block))
-    return models.graphs("step", conditions, forward, *inputs) if models.graphs else forward(*inputs)
+    return models.graphs("step", (conditions, heard), forward, x, t) if models.graphs else forward(x, t)
 
 
 def _prime(models: Models, motion: Tensor, generator: torch.Generator, mark: Mark) -> Primed:

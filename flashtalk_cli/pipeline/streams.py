@@ -51,22 +51,49 @@ class Graphs:
     def __call__(self, name: str, given: object, function: Callable[..., T], *inputs: Tensor) -> T:
         """function(*inputs), which is a tensor or tensors in tuples.
 
-        given: all that the function reads besides, which must not change; with another object it is
-        another function and is recorded anew. One recording is kept under a name.
+        given: all that the function reads besides, an object or a tuple of such, which must not change; with
+        another it is another function and is recorded anew. One recording is kept under a name.
         """
+        held = self._seen(name, given, inputs)
+        if held is None or not self._replay(name, held, function, inputs):
+            return function(*inputs)
+        return nested.tree_map_only(Tensor, torch.clone, held.output)  # the next replay writes there again
+
+    def kept(self, name: str, given: object, function: Callable[..., T], *inputs: Tensor) -> T:
+        """The same, in the recording's own memory: the very object each time, so that another function may be given it.
+
+        The next call writes there again. It is recorded by the first call, which is of that memory, too.
+        """
+        held = self._seen(name, given, inputs)
+        if held is None and self.works:
+            function(*inputs)
+            held = self._recordings[name]
+        if held is None or not self._replay(name, held, function, inputs):
+            return function(*inputs)
+        found: T = held.output
+        return found
+
+    def _seen(self, name: str, given: object, inputs: tuple[Tensor, ...]) -> _Recording | None:
+        """The recording of that name, where a call like this one was before; else a place for one."""
         shapes = tuple((x.shape, x.dtype) for x in inputs)
         held = self._recordings.get(name)
-        if not self.works or held is None or held.given is not given or held.shapes != shapes:
-            # In the place of the old one, whose memory is free for this call then.
-            held = self._recordings[name] = _Recording(given, shapes)
-            return function(*inputs)
+        if self.works and held is not None and _same(held.given, given) and held.shapes == shapes:
+            return held
+        # In the place of the old one, whose memory is free for this call then.
+        self._recordings[name] = _Recording(given, shapes)
+        return None
+
+    def _replay(
+        self, name: str, held: _Recording, function: Callable[..., object], inputs: tuple[Tensor, ...]
+    ) -> bool:
+        """Replay a recording, made now where there is none; whether there was one to replay."""
         if held.graph is None and not self._record(name, held, function, inputs):
-            return function(*inputs)
+            return False
         assert held.graph is not None
         torch._foreach_copy_(held.inputs, inputs)
         self._before()
         held.graph.replay()
-        return nested.tree_map_only(Tensor, torch.clone, held.output)  # the next replay writes there again
+        return True
 
     def clear(self) -> None:
         """Give the recordings up: a library whose exchanges are in them cannot end before."""
@@ -103,3 +130,10 @@ def _record(
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         held.output = function(*held.inputs)
     held.graph = graph
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether these are the very same objects, one or a tuple of them; numbers are by their value."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (isinstance(a, int) and a == b)
