@@ -160,11 +160,37 @@ def test_attention_to_speech(heads: int, keys: int, width: int, dim: int, dtype:
         for w in (weight, weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)):
             for b in (None, bias):
                 assert_near(FUSED.fold(x, w, b), PLAIN.fold(x, w, b))
+                turned = FUSED.fold(x, w, b, columns_first=True)
+                assert turned.is_contiguous()
+                assert_near(turned.mT, PLAIN.fold(x, w, b))
     scores, owed = (
         draw(frames, tokens, heads * keys, dtype=dtype, scale=3),
         draw(frames, heads, keys, dtype=dtype),
     )
     assert_near(FUSED.softmax(scores.clone(), owed, 0.3), PLAIN.softmax(scores.clone(), owed, 0.3))
+    for skipped in (0, 3):  # tokens of the first frame that another rank has
+        run = scores.flatten(0, 1)[skipped:].contiguous()
+        ours, plain = (ops.softmax_rows(run, owed, 0.3, tokens, skipped) for ops in (FUSED, PLAIN))
+        assert torch.equal(ours.scales, plain.scales)
+        assert_near(ours, plain)
+
+
+@pytest.mark.parametrize("runs", [(7, 32, 32, 1), (16,), (5, 300)])
+@torch.no_grad()
+def test_products_by_groups_in_eight_bits(runs: tuple[int, ...]) -> None:
+    """Runs of any lengths, each by a weight of its own, against the same numbers in float32."""
+    x = fp8.quantise_rows(draw(sum(runs), 64))
+    weight = fp8.quantise_rows(draw(len(runs), 48, 64))
+    ends = torch.tensor(runs, device=DEVICE).cumsum(0, dtype=torch.int32)
+    expected = torch.cat(
+        [
+            part @ one.T
+            for part, one in zip(x.in_float32().split(list(runs)), weight.in_float32(), strict=True)
+        ]
+    )
+    found = fp8.grouped(x, weight, ends, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert_near(found.float(), expected, 2**-6)  # bfloat16, and sums of fewer bits
 
 
 @pytest.mark.parametrize(

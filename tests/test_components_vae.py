@@ -20,6 +20,7 @@ from flashtalk_cli.distill.components import (
     vae,
     vae_training,
 )
+from flashtalk_cli.distill.components.vae import encode
 from flashtalk_cli.distill.muon import Muon, orthogonalise
 from flashtalk_cli.models.vae import Vae, VaeParams
 
@@ -260,6 +261,26 @@ def test_a_decoder_goes_on_with_the_latents_it_has() -> None:
     }
     assert changed
     assert all(name.startswith(vae_training.DECODING) for name in changed)
+
+
+def test_both_halves_go_on_near_the_latents_that_are_known() -> None:
+    """What a motion network knows moves less where that is asked for; encoder and decoder both change."""
+    video, noise = clip(3), torch.zeros(2, 16, 2, 4, 4)
+    whole = vae_training.Trainer(vae_training.TOY, SMALL, "cpu")
+    whole.begin(video)
+    given = {name: weight.clone() for name, weight in whole.master.state_dict().items()}
+    known, _ = encode(whole.master, video)
+    moved: list[float] = []
+    for hold in (0.0, 100.0):
+        plan = replace(vae_training.TOY, rate=4e-3, warm_up_steps=1, unlike=3.0, hold=hold)
+        trainer = vae_training.Trainer(plan, SMALL, "cpu", given)
+        for _ in range(6):
+            trainer.step(video, noise, 0.0)
+        moved.append(float((encode(trainer.master, video)[0] - known).detach().square().mean()))
+        now = trainer.master.state_dict()
+        for half in ("encoder.conv1.weight", "decoder.conv1.weight"):
+            assert not torch.equal(now[half], given[half])
+    assert moved[1] < 0.5 * moved[0]
 
 
 def test_training_ends_in_time_and_saves_its_average() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA
-from flashtalk_cli.models.audio import AudioProjector, folded_bytes
+from flashtalk_cli.models.audio import AudioProjector
 from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.mesh import make_mesh
@@ -103,10 +103,6 @@ def test_a_run_of_tokens_hears_what_it_hears_in_the_whole(data: st.DataObject) -
         ahead = layer.fold(audio, (start, stop), size, PLAIN)
         assert torch.equal(layer(run, ahead, replace(whole, span=(start, stop))), heard)
     assert heard.shape == run.shape
-    element = torch.finfo(torch.float32).bits // 8
-    assert b * folded_bytes(replace(SMALL, num_layers=1), (start, stop), size, torch.float32) == element * (
-        ahead.keys.numel() + ahead.values.numel()
-    )
     assert heard.isfinite().all()
     torch.testing.assert_close(heard[:, : stop - start], expected)
 

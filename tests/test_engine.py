@@ -58,7 +58,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         initialize_model_parallel=lambda **given: found.update(degrees=given, bound=WORLD.bound_device_id),
     )
     module("xfuser.core.long_ctx_attention", xFuserLongContextAttention=Layer)
+    module("xfuser.core.long_ctx_attention.ring")
     module("yunchang")
+    module("yunchang.ring")
+    module("yunchang.ring.utils")
     module("yunchang.kernels", AttnType={name: f"their {name}" for name in KERNELS.values()})
     return found
 
@@ -92,6 +95,16 @@ def test_float32_is_refused(asked: dict[str, Any]) -> None:
         attend(made, SDPA, q, q, q, 12)
 
 
+def test_what_yunchang_lacks_for_npus_is_filled_in(asked: dict[str, Any]) -> None:
+    """Contract: before xfuser loads what would look for it; what is there is left alone."""
+    utilities = sys.modules["yunchang.ring.utils"].__dict__
+    xfuser_ring(ring_of(2, 2), GPU, "sdpa")
+    assert utilities["update_npu_out"] is None
+    utilities["update_npu_out"] = "theirs"
+    xfuser_ring(ring_of(2, 2), GPU, "sdpa")
+    assert utilities["update_npu_out"] == "theirs"
+
+
 def test_an_older_yunchang_is_named(asked: dict[str, Any]) -> None:
     """Contract: which lacks a kernel that we ask for."""
     sys.modules["yunchang.kernels"].__dict__["AttnType"] = {"TORCH": "theirs"}
@@ -115,6 +128,7 @@ def test_what_xfuser_cannot_do_is_refused(asked: dict[str, Any]) -> None:
 
 def test_a_missing_xfuser_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: with what installs it."""
+    monkeypatch.setitem(sys.modules, "yunchang", None)
     monkeypatch.setitem(sys.modules, "xfuser", None)
     with pytest.raises(DeviceError, match=r"pip install --upgrade 'flashtalk\[gpu\]'"):
         xfuser_ring(ring_of(2, 1), GPU, "sdpa")
@@ -123,10 +137,13 @@ def test_a_missing_xfuser_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_xfuser_that_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: what diffusers raises, in lines, when it does not fit the transformers that is there."""
     (tmp_path / "xfuser").mkdir()
+    (tmp_path / "yunchang" / "ring").mkdir(parents=True)
+    (tmp_path / "yunchang" / "ring" / "utils.py").touch()
     (tmp_path / "xfuser" / "__init__.py").write_text(
         'raise RuntimeError("Failed to import it:\\nno MT5Tokenizer")'
     )
-    monkeypatch.delitem(sys.modules, "xfuser", raising=False)
+    for name in ("xfuser", "yunchang", "yunchang.ring", "yunchang.ring.utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DeviceError, match=r"does not load \(Failed to import it: no MT5Tokenizer\)"):
         xfuser_ring(ring_of(2, 1), GPU, "sdpa")

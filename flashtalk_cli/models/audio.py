@@ -9,6 +9,7 @@ in the middle give their centre, and the last gives its last 3, which are 8 in a
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import KeyValue
+from flashtalk_cli.models.fp8 import Rows, grouped
 from flashtalk_cli.models.token_ops import TokenOps
 
 if TYPE_CHECKING:
@@ -71,8 +73,19 @@ class Folded(NamedTuple):
     """What frames hear, with the weights around it multiplied in: see AudioCrossAttention."""
 
     keys: Tensor  # [B, f, heads n, dim]
-    values: Tensor  # [B, f, heads n, dim]; with the output's bias: a head's weights sum to one
+    values: Tensor  # [B, f, heads n, dim], with the output's bias
     biased: Tensor  # [B, f, heads, n], what the queries' bias adds to scores
+
+
+class FoldedRows(NamedTuple):
+    """The same in eight bits."""
+
+    keys: Rows  # [B, f, heads n, dim]
+    values: Rows  # [B, f, dim, heads n]
+    biased: Tensor
+
+
+Heard = KeyValue | Folded | FoldedRows
 
 
 class AudioCrossAttention(nn.Module):
@@ -85,11 +98,14 @@ class AudioCrossAttention(nn.Module):
 
     which is the same number, by one product of [dim, heads n] on either side of the softmax where there
     was one of [dim, dim]: a quarter of the multiplications in the released model, an eighth in `mini`.
+    The output's bias goes with values, since a head's weights sum to one. In eight bits it is what was folded
+    that is quantised, tokens and weights, and no parameter.
     """
 
     def __init__(self, p: DitParams) -> None:
         super().__init__()
         self.num_heads = p.num_heads
+        self.eight_bits = False
         self.q_linear = nn.Linear(p.dim, p.dim)
         self.kv_linear = nn.Linear(p.output_dim, 2 * p.dim)
         self.proj = nn.Linear(p.dim, p.dim)
@@ -99,60 +115,87 @@ class AudioCrossAttention(nn.Module):
         k, v = rearrange(self.kv_linear(tokens), "b t n (two h d) -> two b t n h d", two=2, h=self.num_heads)
         return KeyValue(k, v)
 
-    def forward(self, x: Tensor, audio: KeyValue | Folded, layout: Layout) -> Tensor:
-        """[B, n, dim] -> [B, n, dim].
-
-        Tokens are taken by frame: those of whole frames together, and what a rank holds of a frame at the
-        beginning and the end of its run by itself. Padding gets zeros.
-        """
-        (start, stop), size = layout.span, layout.frame_tokens
-        first = start // size
-        whole = min(stop, -(-start // size) * size)
-        rest = max(whole, stop // size * size)
-        folded = self.fold(audio, layout.span, size, layout.ops)
-        outs = []
-        for begin, end in pairwise((start, whole, rest, stop)):
-            if begin < end:
-                heard = slice(begin // size - first, -(-end // size) - first)
-                outs.append(self._attend(x[:, begin - start : end - start], folded, heard, layout.ops))
-        if padding := x.shape[1] - (stop - start):
-            outs.append(x.new_zeros(len(x), padding, x.shape[2]))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    def forward(self, x: Tensor | Rows, audio: Heard, layout: Layout) -> Tensor:
+        """[B, n, dim] -> [B, n, dim]; in eight bits x comes as rows. Padding gets zeros."""
+        start, stop = layout.span
+        folded = self.fold(audio, layout.span, layout.frame_tokens, layout.ops)
+        real = stop - start
+        if isinstance(x, Rows):
+            padding = x.values.shape[1] - real
+            assert isinstance(folded, FoldedRows)
+            rows = Rows(x.values[:, :real], x.scales[:, :real])
+            out = self._frames_of_rows(rows, folded, layout)
+        else:
+            assert isinstance(folded, Folded)
+            padding = x.shape[1] - real
+            out = self._frames(x[:, :real], folded, layout)
+        return F.pad(out, (0, 0, 0, padding)) if padding else out
 
     def fold(
-        self, audio: KeyValue | Folded, span: tuple[int, int], frame_tokens: int, ops: TokenOps
-    ) -> Folded:
+        self, audio: Heard, span: tuple[int, int], frame_tokens: int, ops: TokenOps
+    ) -> Folded | FoldedRows:
         """Keys and values, of the frames alone that tokens of this span belong to, with their weights multiplied in.
 
-        With values goes the output's bias, too. What is folded stays as it is.
+        What is folded stays as it is.
         """
-        if isinstance(audio, Folded):
+        if not isinstance(audio, KeyValue):
             return audio
-        heads, held = self.num_heads, frames_of(span, frame_tokens)
+        heads, held = self.num_heads, slice(span[0] // frame_tokens, -(-span[1] // frame_tokens))
         w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
         w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
         k, v = (kv[:, held].flatten(0, 1) for kv in audio)
         biased = torch.einsum("fnhd,hd->fhn", k, self.q_linear.bias.unflatten(0, (heads, -1)))
-        parts = ops.fold(k, w_q), ops.fold(v, w_o, self.proj.bias), biased
-        return Folded(*(part.unflatten(0, (len(audio.k), held.stop - held.start)) for part in parts))
+        keys = ops.fold(k, w_q)
+        values = ops.fold(v, w_o, self.proj.bias, columns_first=self.eight_bits)
+
+        def of_videos(x: Tensor) -> Tensor:
+            return x.unflatten(0, (len(audio.k), held.stop - held.start))
+
+        if self.eight_bits:
+            small_keys, small_values = (Rows(*map(of_videos, ops.rows(x))) for x in (keys, values))
+            return FoldedRows(small_keys, small_values, of_videos(biased))
+        return Folded(*map(of_videos, (keys, values, biased)))
+
+    def _frames(self, x: Tensor, folded: Folded, layout: Layout) -> Tensor:
+        """To what their frames hear, whole ones together, and what there is of the first and the last by itself."""
+        (start, stop), size = layout.span, layout.frame_tokens
+        first, whole = start // size, min(stop, -(-start // size) * size)
+        rest = max(whole, stop // size * size)
+        outs = [x[:, :0]]
+        for begin, end in pairwise((start, whole, rest, stop)):
+            if begin < end:
+                heard = slice(begin // size - first, -(-end // size) - first)
+                outs.append(self._attend(x[:, begin - start : end - start], folded, heard, layout.ops))
+        return outs[1] if len(outs) == 2 else torch.cat(outs, 1)
 
     def _attend(self, x: Tensor, folded: Folded, frames: slice, ops: TokenOps) -> Tensor:
         """x [B, f s, dim] to what these frames, f of them, hear: [B, f s, dim]."""
         keys, values, biased = (part[:, frames].flatten(0, 1) for part in folded)
         x, videos = rearrange(x, "b (f s) c -> (b f) s c", f=len(keys) // len(x)), len(x)
-        head_dim = x.shape[-1] // self.num_heads
-        weights = ops.softmax(torch.bmm(x, keys.mT), biased, head_dim**-0.5)
+        weights = ops.softmax(torch.bmm(x, keys.mT), biased, (x.shape[-1] // self.num_heads) ** -0.5)
         return rearrange(torch.bmm(weights, values), "(b f) s c -> b (f s) c", b=videos)
 
+    def _frames_of_rows(self, x: Rows, folded: FoldedRows, layout: Layout) -> Tensor:
+        """The same in eight bits, all frames in one product: [B, n, dim]."""
+        keys, values, biased = folded
+        size, scale = layout.frame_tokens, (x.values.shape[-1] // self.num_heads) ** -0.5
+        ends = _ends(layout.span, size, x.values.device)
+        outs = []
+        for video in range(len(x.values)):  # one, in use
+            scores = grouped(_one(x, video), _one(keys, video), ends, biased.dtype)
+            weights = layout.ops.softmax_rows(scores, biased[video], scale, size, layout.span[0] % size)
+            outs.append(grouped(weights, _one(values, video), ends, biased.dtype))
+        return outs[0][None] if len(outs) == 1 else torch.stack(outs)
 
-def frames_of(span: tuple[int, int], frame_tokens: int) -> slice:
-    """The latent frames that tokens of a span belong to; a frame has so many."""
+
+def _one(rows: Rows, video: int) -> Rows:
+    return Rows(rows.values[video], rows.scales[video])
+
+
+@lru_cache(maxsize=8)
+def _ends(span: tuple[int, int], frame_tokens: int, device: torch.device) -> Tensor:
+    """For each latent frame that tokens of a span belong to, one past its last token held here: int32."""
     start, stop = span
-    return slice(start // frame_tokens, -(-stop // frame_tokens))
-
-
-def folded_bytes(p: DitParams, span: tuple[int, int], frame_tokens: int, dtype: torch.dtype) -> int:
-    """What `DiT.fold` takes for one video: keys and values of every block."""
-    frames = frames_of(span, frame_tokens)
-    keys = (frames.stop - frames.start) * p.num_heads * p.context_tokens
-    return 2 * p.num_layers * keys * p.dim * dtype.itemsize
+    frames = range(start // frame_tokens, -(-stop // frame_tokens))
+    ends = [min(stop, (frame + 1) * frame_tokens) - start for frame in frames]
+    return torch.tensor(ends, dtype=torch.int32, device=device)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashtalk_cli.errors import ModelError
 from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, PromptKeys
-from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector, Folded
+from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector, Heard
 from flashtalk_cli.models.fp8 import Rows, to_eight_bits
 from flashtalk_cli.models.head_bounds import HeadBounds
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
@@ -43,11 +43,14 @@ PARTS = {
     "hear": ("audio_cross_attn.kv_linear",),
 }
 
+SPEECH = "audio_cross_attn"
+
 # What multiplies in eight bits where that is asked for: these layers of a block, in all but the last EXACT_BLOCKS.
-# Any may be named, of self_attn's q, k and v all or none. What it costs in the picture: see bench/README.md.
+# Any may be named, of self_attn's q, k and v all or none; of attention to speech it is what is folded that is
+# quantised. What it costs in the picture: see bench/README.md.
 EIGHT_BITS = (
     *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
-    *("cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2"),
+    *("cross_attn.q", "cross_attn.o", SPEECH, "ffn.0", "ffn.2"),
 )
 EXACT_BLOCKS = 0
 
@@ -126,7 +129,7 @@ class Context:
 class AudioContext:
     """What a chunk hears: for every block, keys and values [B, T, context_tokens, heads, head_dim]; or folded."""
 
-    blocks: tuple[KeyValue | Folded, ...]
+    blocks: tuple[Heard, ...]
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class DiT(nn.Module):
 
     def fold(self, audio: AudioContext, span: tuple[int, int], frame_tokens: int) -> AudioContext:
         """What `hear` gave, made ready for the tokens held here (see Layout): for memory, a step's work less a step."""
-        ops = token_ops(audio.blocks[0][0])
+        ops = token_ops(self.patch_embedding.weight)
         layers = (block.audio_cross_attn for block in self._each_block("forward"))
         pairs = zip(layers, audio.blocks, strict=True)
         return AudioContext(tuple(layer.fold(heard, span, frame_tokens, ops) for layer, heard in pairs))
@@ -307,17 +310,12 @@ class Block(nn.Module):
     def arrange(self, eight_bits: Collection[str]) -> None:
         """Make loaded weights ready: layers of these names quantised, and q, k, v in one piece of memory."""
         self.self_attn.bounds = None
-        to_eight_bits(self, eight_bits)
+        self.audio_cross_attn.eight_bits = SPEECH in eight_bits
+        to_eight_bits(self, (name for name in eight_bits if name != SPEECH))
         lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
 
     def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        text: KeyValue,
-        image: KeyValue,
-        audio: KeyValue | Folded,
-        layout: Layout,
+        self, x: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue, audio: Heard, layout: Layout
     ) -> Tensor:
         """Tokens held here [B, n, dim] -> the same; modulation: float32 [B, 6, dim] of the time."""
         ops, eps = layout.ops, self.eps
@@ -332,7 +330,8 @@ class Block(nn.Module):
             x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small(self.cross_attn.q)
         )
         y = self.cross_attn(y, text, image, layout)
-        x, y = ops.add_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, eps)
+        heard = self.audio_cross_attn.eight_bits
+        x, y = ops.add_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, eps, quantise=heard)
         y = self.audio_cross_attn(y, audio, layout)
         x, y = ops.add_norm(x, y, None, 1 + scale_2, shift_2, eps, quantise=small(self.ffn[0]))
         y = self.ffn[2](ops.gelu(self.ffn[0], y, quantise=small(self.ffn[2])))

@@ -10,6 +10,7 @@ Everything that is no such layer stays as it was.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from flashtalk_cli.errors import DeviceError
 
 LARGEST = 448.0  # e4m3, finite kind; https://arxiv.org/abs/2209.05433
 SMALLEST_PEAK = 1e-12  # a row of zeros has this scale and stays zero
+HOPPER = (9, 0)  # from which on products of many groups are one kernel
 ADA = (8, 9)  # CUDA compute capability from which on e4m3 is multiplied
 
 
@@ -77,6 +79,25 @@ def linear(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dt
         use_fast_accum=True,
     )
     return out.view(*x.values.shape[:-1], -1)
+
+
+def grouped(x: Rows, weight: Rows, ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Runs of rows of x [n, in], each times a weight of its own, of weight [groups, out, in]: [n, out] in `dtype`.
+
+    ends: int32 [groups] on the device, one past each run's last row; the last one is n.
+    """
+    if x.values.is_cuda and torch.cuda.get_device_capability(x.values.device) >= HOPPER:
+        scales = x.scales.flatten(), weight.scales.flatten(1)
+        return torch._scaled_grouped_mm(
+            x.values, weight.values.mT, *scales, offs=ends, out_dtype=dtype, use_fast_accum=True
+        )
+    runs, none = [0, *ends.tolist()], x.scales.new_zeros(weight.values.shape[1], dtype=dtype)
+    return torch.cat(
+        [
+            linear(Rows(x.values[begin:end], x.scales[begin:end]), one, scale, none, dtype)
+            for (begin, end), one, scale in zip(pairwise(runs), weight.values, weight.scales, strict=True)
+        ]
+    )
 
 
 def check_device(device: torch.device) -> None:

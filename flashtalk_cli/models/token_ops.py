@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
 from flashtalk_cli.models.attention_fp8 import to_e4m3
-from flashtalk_cli.models.fp8 import Rows, quantise_rows
+from flashtalk_cli.models.fp8 import LARGEST, Rows, quantise_rows
 from flashtalk_cli.models.rope import rotate
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -109,14 +109,18 @@ class TokenOps:
             return _cross_products(q, text, image)
         return (kernel(q, *text.each()) + kernel(q, *image)).flatten(2)
 
-    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def fold(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, columns_first: bool = False
+    ) -> Tensor:
         """Each head of x [f, n, heads, head_dim] times its weight [heads, head_dim, dim]: [f, heads n, dim].
 
-        The bias [dim] is dealt out to the heads.
+        The bias [dim] is dealt out to the heads. With `columns_first` it is [f, dim, heads n].
         """
         heads = torch.bmm(rearrange(x, "f n h d -> h (f n) d"), weight)
         folded = rearrange(heads, "h (f n) c -> f (h n) c", f=len(x))
-        return folded if bias is None else folded + bias / len(weight)
+        if bias is not None:
+            folded = folded + bias / len(weight)
+        return folded.mT.contiguous() if columns_first else folded
 
     def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:
         """softmax((scores + bias) * scale) over each head's keys: scores [f, s, heads n], bias [f, heads, n].
@@ -125,6 +129,15 @@ class TokenOps:
         """
         each = scores.unflatten(-1, bias.shape[1:]).float() + bias[:, None].float()
         return each.mul(scale).softmax(-1).flatten(-2).to(scores.dtype)
+
+    def softmax_rows(
+        self, scores: Tensor, bias: Tensor, scale: float, frame_tokens: int, skipped: int
+    ) -> Rows:
+        """The same in eight bits, of the tokens of a run of frames, whose first so many are not there: [s, heads n]."""
+        frame = (torch.arange(len(scores), device=scores.device) + skipped) // frame_tokens
+        weights = self.softmax(scores[:, None], bias[frame], scale)[:, 0]
+        values = (weights.float() * LARGEST).to(torch.float8_e4m3fn)
+        return Rows(values, torch.full_like(scores[:, :1], 1 / LARGEST, dtype=torch.float32))
 
     def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:
         """GELU, in its tanh form, of what a linear layer makes of x."""

@@ -83,7 +83,9 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
             f"{', '.join(kernels)}, or compute.engine torch"
         )
     try:
+        _complete(importlib.import_module("yunchang.ring.utils"))
         start = importlib.import_module("xfuser.core.distributed")
+        importlib.import_module("xfuser.core.long_ctx_attention.ring")  # else the layer does, when it is made
         layer = importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
         kind = importlib.import_module("yunchang.kernels").AttnType[KERNELS[attention]]
     # A RuntimeError: diffusers beside another transformers; a KeyError: an older yunchang, which lacks a kernel.
@@ -98,6 +100,13 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
     return XfuserRing(
         ring.everyone, ring.ulysses, ring.ring, run=lambda q, k, v: attend(None, query=q, key=k, value=v)
     )
+
+
+def _complete(utilities: ModuleType) -> None:
+    """Let xfuser 0.5 to 0.7 load: beside its ring for GPUs it loads one for NPUs, of which yunchang 0.6.4, the newest
+    that there is to install, lacks a function. It is never called here."""
+    if not hasattr(utilities, "update_npu_out"):
+        vars(utilities)["update_npu_out"] = None
 
 
 def _start_groups(start: ModuleType, ring: UlyssesRing, device: torch.device) -> None:

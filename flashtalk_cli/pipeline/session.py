@@ -21,7 +21,6 @@ from einops import rearrange
 from torch import Tensor
 
 from flashtalk_cli.config import Sampling
-from flashtalk_cli.models.audio import folded_bytes
 from flashtalk_cli.models.dit import AudioContext, Context, DiT
 from flashtalk_cli.models.vae import STRIDE_PX, Vae
 from flashtalk_cli.models.vae_blocks import Past
@@ -38,7 +37,9 @@ from flashtalk_cli.pipeline.streams import Graphs
 T = TypeVar("T")
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
-FILLING_PX = 3 * 448 * 768  # of latents that keep a large GPU busy down to the smallest level of the decoder
+FILLING_PX = (
+    448 * 768 * 3 // 2
+)  # of latents that keep a large GPU busy down to the smallest level of the decoder
 FOLDED_BYTES = (
     6 << 30
 )  # a half of the released model's latents; with all of them 40 GB do no longer in eight bits
@@ -214,18 +215,17 @@ def latents_at_once(latents: Tensor, tiles: Tiles) -> int:
 
 
 def _hear(models: Models, windows: Tensor, motion: Tensor) -> AudioContext:
-    """What all steps of a chunk hear: folded for this rank's tokens where that takes little memory, by a graph if any.
+    """What all steps of a chunk hear, by a graph where there is one: folded, but for a GPU that holds few weights.
 
     motion: [1, 16, m, h, w], for the picture's size.
     """
     dit, (_, height, width) = models.dit, models.dit.params.patch_size
     frame_tokens = motion.shape[3] // height * (motion.shape[4] // width)
     span = models.sequence.span(models.sampling.chunk_latents * frame_tokens)
-    little = folded_bytes(dit.params, span, frame_tokens, dit.dtype) <= FOLDED_BYTES
 
     def hear(windows: Tensor) -> AudioContext:
         heard = dit.hear(windows)
-        return dit.fold(heard, span, frame_tokens) if little and not dit.offload else heard
+        return heard if dit.offload else dit.fold(heard, span, frame_tokens)
 
     graphs = models.graphs
     return graphs.kept("hear", (dit, frame_tokens, span), hear, windows) if graphs else hear(windows)

@@ -3,9 +3,11 @@
     python -m flashtalk_cli.distill.components.train vae    BANK OUT --seconds 540
     python -m flashtalk_cli.distill.components.train speech BANK OUT --seconds 400
     python -m flashtalk_cli.distill.components.train decoder BANK OUT --seconds 240 --start OUT/vae.safetensors
+    python -m flashtalk_cli.distill.components.train both    BANK OUT --seconds 300 --start OUT/vae.safetensors
     python -m flashtalk_cli.distill.components.train measure BANK OUT --start OUT/vae.safetensors
 
-The first two run side by side; the third goes on with the VAE's decoder alone, at any time later; the fourth only measures a VAE.
+The first two run side by side; the third goes on with the VAE's decoder alone, at any time later; the fourth with
+both its halves, held to the latents that a motion network knows; the fifth only measures a VAE.
 Each writes its weights to OUT about every minute and at its end, and what it measured to OUT/vae.json and
 OUT/speech.json; the first trains the image encoder too, and the second, ended early, goes on from OUT/speech.state. `--seconds` is all the time that a command takes, measuring at
 its end included.
@@ -55,7 +57,7 @@ def train_vae(
     """
     began_s = time.monotonic()
     drawing = Drawing(plan.pool_side_px, plan.pool_side_px, plan.pool_frames, batch=min(16, plan.pool_clips))
-    pool = ClipPool(SpeechBank(bank, "train"), drawing, plan.pool_clips, device, workers)
+    pool = ClipPool(SpeechBank(bank, "train"), drawing, plan.pool_clips, device, workers, close=plan.close)
     pool.fill(plan.pool_clips, began_s + plan.fill_s)
     figures: dict[str, Any] = {
         "pool_clips": pool.count,
@@ -170,7 +172,7 @@ def _name(device: str) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("vae", "speech", "decoder", "measure"))
+    parser.add_argument("part", choices=("vae", "speech", "decoder", "both", "measure"))
     parser.add_argument("bank", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, help="all that a training may take")
@@ -181,7 +183,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="run every line at a size that teaches nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
-    if given.part in ("decoder", "measure") and given.start is None:
+    if given.part in ("decoder", "both", "measure") and given.start is None:
         parser.error(f"{given.part} takes a VAE: name its weights with --start")
     if given.part == "speech" and given.start is not None:
         parser.error("speech is trained from nothing: leave out --start")
@@ -203,7 +205,8 @@ def main() -> None:
             model.eval(), given.bank, given.out, given.device, seen, {"measured": str(given.start)}
         )
     else:
-        whole = vae_training.FINER if given.part == "decoder" else vae_training.Plan()
+        plans = {"vae": vae_training.Plan(), "decoder": vae_training.FINER, "both": vae_training.BOTH}
+        whole = plans[given.part]
         seen = replace(vae_training.TOY if given.toy else whole, fill_s=given.fill_seconds)
         train_vae(
             given.bank, given.out, given.seconds, given.device, seen, given.workers, given.image_seconds,

@@ -38,6 +38,20 @@ def autoencode(vae: Vae, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
     log variance [B, T', h, w, 16], all float32.
     """
     mean, std = statistics(video.device)
+    latents, log_variance = encode(vae, video)
+    seen = latents + rearrange(noise, "b c t h w -> b t h w c")
+    z = vae.conv2((seen * std + mean).to(vae.conv2.weight.dtype))
+    first, state = vae.decoder(z[:, :1].contiguous(), None, WHOLE)
+    frames = [first]
+    if z.shape[1] > 1:
+        rest, _ = vae.decoder(z[:, 1:].contiguous(), state, WHOLE)
+        frames.append(rest)
+    return torch.cat(frames, 1).float(), latents, log_variance
+
+
+def encode(vae: Vae, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Video [B, 3, T, H, W] to the normalised mean and log variance, float32 [B, T', h, w, 16]; see `autoencode`."""
+    mean, std = statistics(video.device)
     x = rearrange(video, "b c t h w -> b t h w c").to(vae.conv1.weight.dtype)
     first, state = vae.encoder(x[:, :1].contiguous(), None, WHOLE)
     hidden = [first]
@@ -45,15 +59,7 @@ def autoencode(vae: Vae, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, 
         rest, _ = vae.encoder(x[:, 1:].contiguous(), state, WHOLE)
         hidden.append(rest)
     raw_mean, raw_log_variance = vae.conv1(torch.cat(hidden, 1)).float().chunk(2, dim=-1)
-    latents, log_variance = (raw_mean - mean) / std, raw_log_variance.clamp(-12, 4)
-    seen = latents + rearrange(noise, "b c t h w -> b t h w c")
-    z = vae.conv2((seen * std + mean).to(x.dtype))
-    first, state = vae.decoder(z[:, :1].contiguous(), None, WHOLE)
-    frames = [first]
-    if z.shape[1] > 1:
-        rest, _ = vae.decoder(z[:, 1:].contiguous(), state, WHOLE)
-        frames.append(rest)
-    return torch.cat(frames, 1).float(), latents, log_variance
+    return (raw_mean - mean) / std, raw_log_variance.clamp(-12, 4)
 
 
 def reconstruction_loss(made: Tensor, truth: Tensor, unlike: float = 0.15) -> Tensor:
@@ -114,12 +120,27 @@ def latent_loss(latents: Tensor, log_variance: Tensor, kl: float, unit: float) -
 
 
 def objective(
-    vae: Vae, video: Tensor, noise: Tensor, kl: float, unit: float, unlike: float
+    vae: Vae,
+    video: Tensor,
+    noise: Tensor,
+    kl: float,
+    unit: float,
+    unlike: float,
+    known: Vae | None = None,
+    hold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch of video in [-1, 1], and the mean squared error within it."""
+    """The loss of a batch of video in [-1, 1], and the mean squared error within it.
+
+    known: a VAE whose latents these should stay near, for a motion network that knows them; `hold` is what the mean
+    square of their distance costs.
+    """
     made, latents, log_variance = autoencode(vae, video, noise)
     truth = rearrange(video, "b c t h w -> b t h w c").float()
     sampled = latent_loss(latents, log_variance, kl, unit)
+    if known is not None:
+        with torch.no_grad():
+            wanted, _ = encode(known, video)
+        sampled = sampled + hold * (latents - wanted).square().mean()
     return reconstruction_loss(made, truth, unlike) + sampled, (
         made.detach().clamp(-1, 1) - truth
     ).square().mean()

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flashtalk_cli.distill.components import first_weights
 from flashtalk_cli.distill.components.pictures import draw_stills, film, vary_colours
-from flashtalk_cli.distill.components.pool import ClipPool
+from flashtalk_cli.distill.components.pool import CLOSE, ClipPool
 from flashtalk_cli.distill.components.vae import MINI, objective, statistics
 from flashtalk_cli.distill.muon import Muon
 from flashtalk_cli.models.vae import Vae, VaeParams
@@ -73,7 +73,9 @@ class Plan:
     kl: float = 1e-6
     unit: float = 2e-3
     unlike: float = 0.15
+    hold: float = 0.0  # to the latents of the VAE that training goes on with
     only_decoder: bool = False
+    close: float = CLOSE  # share of the people who are reframed
     turned: bool = True  # the colours of clips
     refresh_share: float = 0.1
     seed: int = 0
@@ -91,6 +93,19 @@ FINER = Plan(
     ),
 )
 """A trained VAE's decoder once more, on people: latents stay what they are, and look more alike."""
+
+BOTH = replace(
+    FINER,
+    only_decoder=False,
+    hold=1.0,
+    close=0.3,
+    pool_side_px=160,
+    batches=(
+        Batch(every=1, people=8, pictures=1, n_frames=5, height_px=144, width_px=144),
+        Batch(every=4, people=4, pictures=1, n_frames=17, height_px=144, width_px=144),
+    ),
+)
+"""Both halves of a trained VAE, on people framed as the motion network has them; latents move little."""
 
 TOY = Plan(
     pool_clips=2,
@@ -111,8 +126,8 @@ class Gradient:
     The network is small: the thousands of kernels of a step take longer to launch than to run.
     """
 
-    def __init__(self, plan: Plan, runs: Vae, weights: list[nn.Parameter]) -> None:
-        self.plan, self.runs, self.weights = plan, runs, weights
+    def __init__(self, plan: Plan, runs: Vae, weights: list[nn.Parameter], known: Vae | None) -> None:
+        self.plan, self.runs, self.weights, self.known = plan, runs, weights, known
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
         self._graphs: dict[
@@ -135,7 +150,8 @@ class Gradient:
     def _compute(self, video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         self.runs.zero_grad(set_to_none=True)
         plan = self.plan
-        loss, squared = objective(self.runs, video, noise, plan.kl, plan.unit, plan.unlike)
+        costs = (plan.kl, plan.unit, plan.unlike)
+        loss, squared = objective(self.runs, video, noise, *costs, self.known, plan.hold)
         loss.backward()
         learning = (run for run in self.runs.parameters() if run.requires_grad)
         for weight, run in zip(self.weights, learning, strict=True):
@@ -188,7 +204,8 @@ class Trainer:
                 plan.rate_others,
             ),
         ]
-        self.gradient = Gradient(plan, self.runs, self.weights)
+        known = deepcopy(self.master).requires_grad_(False) if plan.hold and self.begun else None
+        self.gradient = Gradient(plan, self.runs, self.weights, known)
         self.steps = 0
         self._share()
         self.remember()

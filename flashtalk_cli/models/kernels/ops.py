@@ -74,11 +74,18 @@ class FusedOps(TokenOps):
     ) -> Tensor:
         return cross.attention(q, text, image)
 
-    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
-        return speech.fold(x, weight, bias)
+    def fold(  # noqa: D102
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, columns_first: bool = False
+    ) -> Tensor:
+        return speech.fold(x, weight, bias, columns_first)
 
     def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:  # noqa: D102
         return speech.softmax(scores, bias, scale)
+
+    def softmax_rows(  # noqa: D102
+        self, scores: Tensor, bias: Tensor, scale: float, frame_tokens: int, skipped: int
+    ) -> Rows:
+        return speech.softmax_rows(scores, bias, scale, frame_tokens, skipped)
 
     def gelu(self, layer: nn.Module, x: Tensor | Rows, *, quantise: bool = False) -> Tensor | Rows:  # noqa: D102
         if quantise:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtalk_cli.models.fp8 import LARGEST, Rows
 from flashtalk_cli.models.kernels.cross import padded
 
 # Of a program that folds, by bytes a number: rows, of all frames, that it takes at once, and columns. Hopper's tensor
@@ -34,6 +35,8 @@ def _fold(  # type: ignore[no-untyped-def]
     weight_head_step,
     weight_row_step,
     weight_column_step,
+    out_row_step,
+    out_column_step,
     dim,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -61,47 +64,56 @@ def _fold(  # type: ignore[no-untyped-def]
         value = tl.dot(tl.load(x + at, known, other=0.0), w, input_precision="ieee")
         if BIAS:
             value += shift[None, :]
-        to = ((frame * HEADS + head) * TOKENS + token).to(tl.int64) * dim
+        to = frame.to(tl.int64) * (HEADS * TOKENS * dim) + (head * TOKENS + token) * out_row_step
         wanted = (row < n_rows)[:, None] & (column < dim)[None, :]
-        tl.store(out + to[:, None] + column[None, :], value.to(out.dtype.element_ty), wanted)
+        to = to[:, None] + (column * out_column_step)[None, :]
+        tl.store(out + to, value.to(out.dtype.element_ty), wanted)
 
 
 @triton.jit
 def _softmax(  # type: ignore[no-untyped-def]
     scores,
     bias,
+    out,
     scale,
+    factor,
     n_segments,
     of_a_frame,
+    skipped,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     PADDED_TOKENS: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    """In place; a segment is what one token of the video makes of one head's keys."""
+    """Times factor; a segment is what one token of the video makes of one head's keys, `skipped` are missing at first."""
     segment = tl.program_id(0) * SEGMENTS + tl.arange(0, SEGMENTS)
     token = tl.arange(0, PADDED_TOKENS)
     there = (segment < n_segments)[:, None] & (token < TOKENS)[None, :]
     at = segment.to(tl.int64)[:, None] * TOKENS + token[None, :]
     value = tl.load(scores + at, there, other=0.0).to(tl.float32)
-    owed = (segment // of_a_frame * HEADS + segment % HEADS)[:, None] * TOKENS + token[None, :]
+    owed = ((segment + skipped) // of_a_frame * HEADS + segment % HEADS)[:, None] * TOKENS + token[None, :]
     value = (value + tl.load(bias + owed, there, other=0.0).to(tl.float32)) * scale
     value = tl.where((token < TOKENS)[None, :], value, float("-inf"))
     value = tl.exp(value - tl.max(value, 1)[:, None])
-    value *= (1 / tl.sum(value, 1))[:, None]
-    tl.store(scores + at, value.to(scores.dtype.element_ty), there)
+    value *= (factor / tl.sum(value, 1))[:, None]
+    tl.store(out + at, value.to(out.dtype.element_ty), there)
 
 
-def fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [f, n, heads, head_dim] times weight [heads, head_dim, dim], plus bias / heads: [f, heads n, dim]."""
+def fold(x: Tensor, weight: Tensor, bias: Tensor | None, columns_first: bool = False) -> Tensor:
+    """x [f, n, heads, head_dim] times weight [heads, head_dim, dim], plus bias / heads: [f, heads n, dim].
+
+    With `columns_first` [f, dim, heads n], as a product in eight bits reads it.
+    """
     n_frames, n_tokens, heads, width = x.shape
     dim = weight.shape[2]
     assert x.stride(3) == 1, x.stride()
-    out = torch.empty(n_frames, heads * n_tokens, dim, dtype=x.dtype, device=x.device)
+    shape = (n_frames, dim, heads * n_tokens) if columns_first else (n_frames, heads * n_tokens, dim)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    steps = out.stride()[:0:-1] if columns_first else out.stride()[1:]
     rows, columns = TILES[x.itemsize]
     _fold[(triton.cdiv(dim, columns), heads)](
-        *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), dim, heads, n_tokens, width),
-        *(padded(width), rows, columns, bias is not None),
+        *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), *steps),
+        *(dim, heads, n_tokens, width, padded(width), rows, columns, bias is not None),
         num_warps=WARPS,
         num_stages=STAGES,
     )
@@ -113,12 +125,28 @@ def softmax(scores: Tensor, bias: Tensor, scale: float) -> Tensor:
 
     scores: [f, s, heads n]. bias: [f, heads, n].
     """
+    _each_softmax(scores, bias, scores, scale, 1.0, scores.shape[1], 0)
+    return scores
+
+
+def softmax_rows(scores: Tensor, bias: Tensor, scale: float, frame_tokens: int, skipped: int) -> Rows:
+    """The same in e4m3, under one scale: no weight is more than one.
+
+    scores: [s, heads n], of tokens of frames one behind another, but for the first so many of the first frame.
+    """
+    values = torch.empty_like(scores, dtype=torch.float8_e4m3fn)
+    _each_softmax(scores, bias, values, scale, LARGEST, frame_tokens, skipped)
+    return Rows(values, torch.full_like(scores[:, :1], 1 / LARGEST, dtype=torch.float32))
+
+
+def _each_softmax(
+    scores: Tensor, bias: Tensor, out: Tensor, scale: float, factor: float, frame_tokens: int, skipped: int
+) -> None:
     assert scores.is_contiguous()
-    n_frames, n_tokens, _ = scores.shape
     heads, n_keys = bias.shape[1:]
     wide = triton.next_power_of_2(n_keys)
-    n_segments, each = n_frames * n_tokens * heads, max(1, SEGMENTS // wide)
+    n_segments, each = scores.numel() // n_keys, max(1, SEGMENTS // wide)
     _softmax[(triton.cdiv(n_segments, each),)](
-        *(scores, bias.contiguous(), scale, n_segments, n_tokens * heads, heads, n_keys, wide, each)
+        *(scores, bias.contiguous(), out, scale, factor, n_segments, frame_tokens * heads, skipped * heads),
+        *(heads, n_keys, wide, each),
     )
-    return scores
