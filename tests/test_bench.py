@@ -240,6 +240,32 @@ def test_a_report_adds_up():
     assert all(math.isfinite(value) for value in found["speed"].values())
 
 
+def test_the_ceiling_of_attention_is_in_the_numbers_that_it_runs_in(monkeypatch: pytest.MonkeyPatch):
+    """Contract: with a kernel of eight bits, operands that are quantised already; else a step beats its ceiling."""
+    from dit_parts import SMALL, random_dit
+
+    from flashtalk_cli.bench import ceiling
+    from flashtalk_cli.models.attention import SDPA, AttentionKernel
+    from flashtalk_cli.models.attention_fp8 import emulated
+
+    monkeypatch.setattr(ceiling, "PROBE_S", 0.0)
+    given = []
+
+    def seen(*parts):
+        given.append((parts[0].dtype, len(parts)))
+        return emulated(*parts)
+
+    dit = random_dit()
+    for kernel, form in ((AttentionKernel("fa3-fp8", seen), "e4m3"), (SDPA, "float32")):
+        dit.kernel = kernel
+        _, attention = ceiling.probe_dit(dit, 20, 2, torch.device("cpu"), eight_bits=False)
+        assert (
+            attention.what
+            == f"{kernel.name}, 20 tokens, {SMALL.num_heads // 2} heads of {SMALL.head_dim}, {form}"
+        )
+    assert set(given) == {(torch.float8_e4m3fn, 4)}
+
+
 def test_rates_are_of_one_rank_and_the_ceiling_is_of_its_mix():
     """A step of 340 TFLOP at 700 and 128 at 650, on two ranks, in 350 ms each."""
     row = next(row for row in make(2, noise=0.0)["work"] if row["stage"] == "step")

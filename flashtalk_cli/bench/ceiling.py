@@ -19,6 +19,7 @@ from torch import Tensor
 from flashtalk_cli.bench.work import dit_tokens
 from flashtalk_cli.config import Canvas
 from flashtalk_cli.models import fp8
+from flashtalk_cli.models.attention_fp8 import to_e4m3
 from flashtalk_cli.models.dit import DiT, DitParams
 from flashtalk_cli.models.vae import STRIDE_PX, VaeParams
 
@@ -44,9 +45,14 @@ def probe_dit(dit: DiT, tokens: int, ranks: int, device: torch.device, *, eight_
     """Matrix product and self-attention of a rank that has its share of the tokens, and of the heads."""
     p, kernel, dtype = dit.params, dit.kernel, dit.dtype
     rows, heads = -(-tokens // ranks), max(1, p.num_heads // ranks)
-    q, k, v = torch.randn(3, 1, tokens, heads, p.head_dim, device=device, dtype=dtype)
+    parts = torch.randn(3, 1, tokens, heads, p.head_dim, device=device, dtype=dtype)
+    scales = None
+    if kernel.eight_bits:
+        scales = parts.float().abs().amax((2, 4)) / fp8.LARGEST
+        parts = torch.stack([to_e4m3(part, scale) for part, scale in zip(parts, scales, strict=True)])
+    q, k, v = parts
     product_s = _seconds(_product(rows, p.dim, p.ffn_dim, dtype, device, eight_bits=eight_bits), device)
-    attention_s = _seconds(lambda: kernel(q, k, v), device)
+    attention_s = _seconds(lambda: kernel(q, k, v, scales), device)
     form = "e4m3, scales by row" if eight_bits else _short(dtype)
     return [
         Probe(
@@ -56,7 +62,7 @@ def probe_dit(dit: DiT, tokens: int, ranks: int, device: torch.device, *, eight_
         ),
         Probe(
             "attention",
-            f"{kernel.name}, {tokens} tokens, {heads} heads of {p.head_dim}, {_short(dtype)}",
+            f"{kernel.name}, {tokens} tokens, {heads} heads of {p.head_dim}, {_short(parts.dtype)}",
             4e-12 * tokens**2 * heads * p.head_dim / attention_s,
         ),
     ]
@@ -129,4 +135,4 @@ def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return "e4m3" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
