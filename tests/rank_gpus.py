@@ -271,7 +271,7 @@ def exchange(check: Check) -> None:
     parts = [sequence.shard(x, 1) for x in whole]
     everyone, own = check.ranks.everyone, parts[0].flatten(2)
     packed = torch.cat(parts, 2).flatten().unflatten(0, (everyone.size, -1)).clone()
-    shelves = {"by a collective": Shelf(everyone), "": shelf_of(everyone, device, check.ranks.one_host)}
+    shelves = {"by a collective": Shelf(everyone), "": shelf_of(everyone, reached=check.ranks.reached)}
 
     def kept(shelf: Shelf) -> None:
         shelf.share(shelf.room((*own.shape[:2], 2, own.shape[2]), own.dtype, device))

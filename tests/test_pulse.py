@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 from flashtalk_cli import rendering
 from flashtalk_cli.config import RenderJob
 from flashtalk_cli.events import Emitter
-from flashtalk_cli.parallel import pulse
+from flashtalk_cli.parallel import peers, pulse
+from flashtalk_cli.parallel.group import Group
+from flashtalk_cli.parallel.mail import Mail
 from flashtalk_cli.parallel.pulse import (
     BEAT_S,
     FIRST_S,
@@ -39,6 +41,7 @@ from flashtalk_cli.parallel.pulse import (
     Verdict,
 )
 from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.parallel.shelf import Shelf, shelf_of
 from flashtalk_cli.parallel.traffic import Traffic
 from flashtalk_cli.pipeline.streams import Graphs
 from flashtalk_cli.presets import load
@@ -358,6 +361,31 @@ def test_a_step_is_recorded_by_all_ranks_or_by_none(
         assert torch.equal(graphs("double", what, lambda x: 2 * x, x), 2 * x)
     assert asked == [fails_here]
     assert not graphs.works
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_gpus_that_cannot_share_memory_exchange_by_collectives(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails_here: bool
+) -> None:
+    """Contract: tried once, by all; where it fails on any rank, it is said in a line and all do without."""
+    tried: list[None] = []
+
+    def reach(*_: object) -> None:
+        tried.append(None)
+        if fails_here:
+            raise RuntimeError("cuMemExportToShareableHandle: not permitted\nat ...")
+
+    monkeypatch.setattr(peers, "reach", reach)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    monkeypatch.setattr(Ranks, "any", lambda _, here: here or not fails_here)  # else on the other rank
+    monkeypatch.setattr(Ranks, "everyone", Group(2, 0, None))
+    ranks = Ranks(torch.device("cuda", 0), size=2)
+    assert type(ranks.mail) is Mail
+    assert type(shelf_of(ranks.everyone, reached=ranks.reached)) is Shelf
+    assert len(tried) == 1
+    assert ("by collectives, which is slower" in caplog.text) == fails_here
+    assert "at ..." not in caplog.text
 
 
 def test_a_run_that_rests_is_not_ended_by_the_libraries() -> None:

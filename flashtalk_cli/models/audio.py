@@ -118,18 +118,17 @@ class AudioCrossAttention(nn.Module):
     def forward(self, x: Tensor | Rows, audio: Heard, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]; in eight bits x comes as rows. Padding gets zeros."""
         start, stop = layout.span
-        folded = self.fold(audio, layout.span, layout.frame_tokens, layout.ops)
-        real = stop - start
+        folded, real = self.fold(audio, layout.span, layout.frame_tokens, layout.ops), stop - start
+        videos, held, dim = (x.values if isinstance(x, Rows) else x).shape
+        if not real:
+            return folded.biased.new_zeros(videos, held, dim)
         if isinstance(x, Rows):
-            padding = x.values.shape[1] - real
             assert isinstance(folded, FoldedRows)
-            rows = Rows(x.values[:, :real], x.scales[:, :real])
-            out = self._frames_of_rows(rows, folded, layout)
+            out = self._frames_of_rows(Rows(x.values[:, :real], x.scales[:, :real]), folded, layout)
         else:
             assert isinstance(folded, Folded)
-            padding = x.shape[1] - real
             out = self._frames(x[:, :real], folded, layout)
-        return F.pad(out, (0, 0, 0, padding)) if padding else out
+        return F.pad(out, (0, 0, 0, held - real)) if held > real else out
 
     def fold(
         self, audio: Heard, span: tuple[int, int], frame_tokens: int, ops: TokenOps
@@ -140,7 +139,10 @@ class AudioCrossAttention(nn.Module):
         """
         if not isinstance(audio, KeyValue):
             return audio
-        heads, held = self.num_heads, slice(span[0] // frame_tokens, -(-span[1] // frame_tokens))
+        (start, stop), heads = span, self.num_heads
+        held = slice(
+            min(start, stop - 1) // frame_tokens, -(-stop // frame_tokens)
+        )  # one, where there is no token
         w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
         w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
         k, v = (kv[:, held].flatten(0, 1) for kv in audio)
@@ -161,12 +163,12 @@ class AudioCrossAttention(nn.Module):
         (start, stop), size = layout.span, layout.frame_tokens
         first, whole = start // size, min(stop, -(-start // size) * size)
         rest = max(whole, stop // size * size)
-        outs = [x[:, :0]]
+        outs = []
         for begin, end in pairwise((start, whole, rest, stop)):
             if begin < end:
                 heard = slice(begin // size - first, -(-end // size) - first)
                 outs.append(self._attend(x[:, begin - start : end - start], folded, heard, layout.ops))
-        return outs[1] if len(outs) == 2 else torch.cat(outs, 1)
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 
     def _attend(self, x: Tensor, folded: Folded, frames: slice, ops: TokenOps) -> Tensor:
         """x [B, f s, dim] to what these frames, f of them, hear: [B, f s, dim]."""

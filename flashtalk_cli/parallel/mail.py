@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashtalk_cli.parallel.group import Group
-from flashtalk_cli.parallel.peers import Reached, can_reach, reach
+from flashtalk_cli.parallel.peers import Reached, reach
 
 ROOM = 16 << 20  # bytes of a message; larger ones go by a collective
 
@@ -64,6 +64,6 @@ def _of(room: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return room.view(dtype)[: shape.numel()].view(shape)
 
 
-def mail_of(group: Group, device: torch.device, one_host: bool) -> Mail:
-    """The fastest that there is between these ranks."""
-    return PeerMail(group, device) if can_reach(group, device, one_host) else Mail(group)
+def mail_of(group: Group, device: torch.device, *, reached: bool) -> Mail:
+    """The fastest that there is between these ranks; see `Ranks.reached`."""
+    return PeerMail(group, device) if reached else Mail(group)

@@ -48,7 +48,7 @@ def kernels_of(split: Split, engine: str) -> Collection[str] | None:
 
 
 def make_tiles(ranks: Ranks, split: Split) -> Tiles:
-    """The picture alone, for another canvas: no process group is made, so ranks need not meet for it."""
+    """The picture alone, for another canvas: no process group is made, so ranks need not meet for it again."""
     return WHOLE if ranks.size == 1 else TileGrid(split.grid, ranks.everyone, ranks.mail)
 
 
@@ -60,6 +60,6 @@ def ring_of(ranks: Ranks, ulysses: int) -> UlyssesRing:
         everyone=ranks.everyone,
         ulysses=ranks.split([everyone[start : start + ulysses] for start in everyone[::ulysses]]),
         ring=ring,
-        shelf=shelf_of(ring, ranks.device, ranks.one_host),
+        shelf=shelf_of(ring, reached=ranks.reached),
         beside=Beside(ranks.device),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -9,6 +10,10 @@ import torch
 from torch import Tensor
 
 from flashtalk_cli.parallel.group import Group
+
+LEAST = 512  # bytes, of a trial
+
+_log = logging.getLogger(__name__)
 
 
 class Signals(Protocol):
@@ -41,8 +46,21 @@ def reach(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, group:
 
 
 def can_reach(group: Group, device: torch.device, one_host: bool) -> bool:
-    """Whether the group's ranks, a GPU each, are on one host whose GPUs reach each other's memory."""
+    """Whether the group's ranks, a GPU each, are on one host whose GPUs reach each other's memory.
+
+    That is tried, by all of them together: a container may forbid what the GPUs could.
+    """
     if group.size == 1 or device.type != "cuda" or not one_host:
         return False
     others = (index for index in range(torch.cuda.device_count()) if index != device.index)
-    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+    if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
+        return False
+    try:
+        reach((group.size, LEAST), torch.uint8, device, group)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        _log.warning(
+            "GPUs exchange by collectives, which is slower: their memory cannot be shared: %s", reason
+        )
+        return False
+    return True

@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.parallel.group import ALONE, Group
 from flashtalk_cli.parallel.mail import Mail, mail_of
+from flashtalk_cli.parallel.peers import can_reach
 from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, Pulse
 from flashtalk_cli.parallel.traffic import Traffic
 
@@ -66,7 +67,12 @@ class Ranks:
     @cached_property
     def mail(self) -> Mail:
         """What carries messages from rank to rank."""
-        return mail_of(self.everyone, self.device, self.one_host)
+        return mail_of(self.everyone, self.device, reached=self.reached)
+
+    @cached_property
+    def reached(self) -> bool:
+        """Whether every rank's GPU writes to every other's memory: found out by all together, when first asked."""
+        return not self.any(not can_reach(self.everyone, self.device, self.one_host))
 
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of this rank, where `parts` says which ranks are together: each rank in exactly one.
@@ -83,10 +89,9 @@ class Ranks:
             return ALONE
         return Group(len(own), list(own).index(self.rank), handles[tuple(own)], self.traffic)
 
-    def _new_group(self, part: Sequence[int]) -> dist.ProcessGroup:
-        handle = dist.new_group(list(part), timeout=timedelta(seconds=self.patience_s))
-        assert isinstance(handle, dist.ProcessGroup), "a rank makes groups that it is in"
-        return handle
+    def _new_group(self, part: Sequence[int]) -> Any:
+        """A group; torch's word for none, where this rank is not in it."""
+        return dist.new_group(list(part), timeout=timedelta(seconds=self.patience_s))
 
     def wait(self) -> None:
         """Until all ranks are here."""

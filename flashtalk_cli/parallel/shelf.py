@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtalk_cli.parallel.group import Group
-from flashtalk_cli.parallel.peers import Reached, can_reach, reach
+from flashtalk_cli.parallel.peers import Reached, reach
 
 TURNS = 2  # rooms that take turns, so that nobody writes where another still reads
 
@@ -75,6 +75,6 @@ class PeerShelf(Shelf):
             signals.barrier()
 
 
-def shelf_of(group: Group, device: torch.device, one_host: bool) -> Shelf:
-    """The shelf of these ranks: their GPUs' own memory where they are on one host and reach it, else a collective's."""
-    return PeerShelf(group) if can_reach(group, device, one_host) else Shelf(group)
+def shelf_of(group: Group, *, reached: bool) -> Shelf:
+    """The shelf of these ranks: their GPUs' own memory where they reach it (see `Ranks.reached`), else a collective's."""
+    return PeerShelf(group) if reached and group.size > 1 else Shelf(group)

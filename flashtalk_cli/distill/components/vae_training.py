@@ -97,9 +97,12 @@ FINER = Plan(
 BOTH = replace(
     FINER,
     only_decoder=False,
-    hold=1.0,
+    hold=0.3,
     close=0.3,
-    pool_side_px=160,
+    unlike=8.0,
+    rate=4e-4,
+    rate_others=2e-4,
+    pool_side_px=152,
     batches=(
         Batch(every=1, people=8, pictures=1, n_frames=5, height_px=144, width_px=144),
         Batch(every=4, people=4, pictures=1, n_frames=17, height_px=144, width_px=144),
