@@ -34,7 +34,10 @@ SIZES = {
 
 
 def say(**fields: Any) -> None:
-    print(json.dumps({"at_s": time.monotonic(), **fields}), flush=True)
+    sys.stdout.write(
+        json.dumps({"at_s": time.monotonic(), **fields}) + "\n"
+    )  # in one piece: logs come from other threads
+    sys.stdout.flush()
 
 
 def job(folder: Path, how: str, device: str) -> RenderJob:

@@ -157,9 +157,11 @@ def test_triton_rasteriser_agrees_with_the_plain_one() -> None:
     """Parity: the kernel against its oracle, up to samples exactly on an edge."""
     screen = (torch.rand(4, 3000, 3) * torch.tensor([200.0, 200.0, 1.0])).cuda()
     faces = torch.randint(0, 2990, (5000, 1)) + torch.randint(0, 10, (5000, 3))
-    plain = raster.rasterise_plain(screen, faces.cuda(), 200, 200)[0]
-    chosen = raster.rasterise(screen, faces.cuda(), 200, 200)[0]
-    assert (plain == chosen).float().mean() > 0.9995
+    plain, truly_near = raster.rasterise_plain(screen, faces.cuda(), 200, 200)
+    chosen, near = raster.rasterise(screen, faces.cuda(), 200, 200)
+    # of two triangles as near as each other in float32 either may be named
+    right = (plain == chosen) | ((near - truly_near).abs() < 1e-5)
+    assert right.float().mean() > 0.9995
 
 
 # --- people

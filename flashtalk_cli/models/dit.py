@@ -2,7 +2,7 @@
 
     context  = dit.condition(text, image)      once a session
     audio    = dit.hear(windows)               once a chunk
-    audio    = dit.fold(audio, ...)            if there is memory for it; else every step does it anew
+    audio    = dit.fold(audio, ...)            where that pays; else every step does it anew
     velocity = dit(x, t, y, context, audio, par)   every step
 
 Everything that does not depend on x and t, the keys and values of all cross-attentions above all, is
@@ -45,9 +45,8 @@ PARTS = {
 
 SPEECH = "audio_cross_attn"
 
-# What multiplies in eight bits where that is asked for: these layers of a block, in all but the last EXACT_BLOCKS.
-# Any may be named, of self_attn's q, k and v all or none; of attention to speech it is what is folded that is
-# quantised. What it costs in the picture: see bench/README.md.
+# What multiplies in eight bits where that is asked for: these of a block, in all but the last EXACT_BLOCKS (of speech
+# it is what is folded). Any may be named, q, k and v all or none. What it costs in the picture: see bench/README.md.
 EIGHT_BITS = (
     *("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"),
     *("cross_attn.q", "cross_attn.o", SPEECH, "ffn.0", "ffn.2"),
@@ -152,7 +151,7 @@ class DiT(nn.Module):
         super().__init__()
         p = self.params = params
         self.kernel = kernel
-        self.compiled = False
+        self.compiled = self.eight_bits = False
         self.recompute = False  # keep no activations inside blocks; compute them again for the backward pass
         self.offload: Offload | None = None  # where the blocks' weights are when they are not on the device
         self.patch_embedding = nn.Conv3d(p.in_dim, p.dim, kernel_size=p.patch_size, stride=p.patch_size)
@@ -181,6 +180,7 @@ class DiT(nn.Module):
 
     def arrange(self, eight_bits: bool) -> None:
         """Make loaded weights ready for inference: see `Block.arrange`."""
+        self.eight_bits = eight_bits
         for index, block in enumerate(self.blocks):
             exact = not eight_bits or index >= len(self.blocks) - EXACT_BLOCKS
             cast("Block", block).arrange(() if exact else EIGHT_BITS)
