@@ -181,14 +181,13 @@ def test_products_by_groups_in_eight_bits(runs: tuple[int, ...]) -> None:
     """Runs of any lengths, each by a weight of its own, against the same numbers in float32."""
     x = fp8.quantise_rows(draw(sum(runs), 64))
     weight = fp8.quantise_rows(draw(len(runs), 48, 64))
-    ends = torch.tensor(runs, device=DEVICE).cumsum(0, dtype=torch.int32)
     expected = torch.cat(
         [
             part @ one.T
             for part, one in zip(x.in_float32().split(list(runs)), weight.in_float32(), strict=True)
         ]
     )
-    found = fp8.grouped(x, weight, ends, torch.bfloat16)
+    found = fp8.grouped(x, weight, fp8.Runs.of(runs, DEVICE), torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert_near(found.float(), expected, 2**-6)  # bfloat16, and sums of fewer bits
 

@@ -9,7 +9,7 @@ Parts, in this order; figures are written after each, so that what comes later c
     exchange   one DiT step, and how much of it goes by in exchanges; the all-to-alls and halos one by one
     trace      the longest kernels of such a step, in FIGURES.trace.txt
     graph      steps recorded as CUDA graphs, collectives included
-    fp8        the same in eight bits: time only
+    fp8        the same in eight bits, attention included where it can be: time, and a trace in FIGURES.trace-fp8.txt
     parity     float32: small networks over NCCL equal one GPU's, for all splits
 
 Random weights, drawn alike on every GPU. Differences are relative root mean squares. Limits are those that
@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from flashtalk_cli.parallel.ranks import Ranks, join
 from flashtalk_cli.parallel.sequence import UlyssesRing
 from flashtalk_cli.parallel.shelf import Shelf, shelf_of
 from flashtalk_cli.parallel.split import split
-from flashtalk_cli.pipeline.session import Models, begin, prepare, step
+from flashtalk_cli.pipeline.session import Models, begin, hear, prepare, step
 from flashtalk_cli.pipeline.streams import Graphs
 
 SMALL = os.environ.get("SMALL") == "1"  # networks of a few kB, to try this program without a GPU
@@ -160,7 +161,7 @@ def one_step(check: Check, models: Models, given: Given) -> Callable[[], Tensor]
     draw, y, device = torch.Generator("cpu").manual_seed(1), given.conditions.y, models.device
     x = torch.randn(1, 16, *y.shape[2:], generator=draw).to(device)
     t = torch.full((1,), 750.0, device=device)
-    heard = models.dit.hear(given.windows.to(device))
+    heard = hear(models, given.windows.to(device), given.conditions.picture_latent)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -320,7 +321,7 @@ def graph(check: Check) -> None:
 
 
 @torch.no_grad()
-def trace(check: Check) -> None:
+def trace(check: Check, name: str = "trace") -> None:
     """The longest kernels of a step of rank 0, beside the figures in a file of their own."""
     run = one_step(check, check.shared, Given.of(check, check.shared))
     run()
@@ -334,23 +335,28 @@ def trace(check: Check) -> None:
     rows = sorted((row for row in rows if row[2] > 0), key=lambda row: -row[2])
     lines = [f"{ms:10.3f} ms {n:6} x {1e3 * ms / n:9.1f} us  {name[:150]}" for name, n, ms in rows[:40]]
     total_ms, count = sum(ms for *_, ms in rows), sum(n for _, n, _ in rows)
-    check.figures["trace"] = {"device_ms": total_ms, "kernels": count}
-    check.measured(f"a step of rank 0: {total_ms:.1f} ms in {count} kernels, exchanges' waiting counted")
+    check.figures[name] = {"device_ms": total_ms, "kernels": count}
+    check.measured(
+        f"{name}: a step of rank 0: {total_ms:.1f} ms in {count} kernels, exchanges' waiting counted"
+    )
     if check.ranks.leads:
-        check.path.with_suffix(".trace.txt").write_text("\n".join(lines) + "\n")
+        check.path.with_suffix(f".{name}.txt").write_text("\n".join(lines) + "\n")
 
 
 def fp8(check: Check) -> None:
-    """Time in eight bits; from here on the weights are no others."""
+    """Time in eight bits, attention included where it can be, and a step's kernels; from here on the weights are no others."""
     if check.ranks.device.type != "cuda" or SMALL:
         return
     check.dit.arrange(True)
+    if find_spec("fa3_fwd_interface"):
+        check.dit.kernel = choose_kernel("fa3-fp8", check.ranks.device, check.dit.dtype)
     torch.cuda.empty_cache()
     found = chunks(check, check.shared, 3)
     peaks = check.ranks.to_leader(found["peak_gib"])
     check.figures["fp8"] = {"ms": found["ms"], "peak_gib": peaks}
     check.held(all(found[part].isfinite().all() for part in RESULTS), "fp8: results are finite")
     check.measured(f"fp8: {found['ms']} ms a chunk, peak {max(peaks or [0]):.1f} GiB")
+    trace(check, "trace-fp8")
 
 
 def parity(check: Check) -> None:

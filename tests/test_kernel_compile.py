@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashtalk_cli.models import audio as audio_module
 from flashtalk_cli.models import dit as dit_module
 from flashtalk_cli.models import fp8, vae_blocks
 from flashtalk_cli.models import vae as vae_module
@@ -34,7 +35,7 @@ EVERY_LAYER = [
     f"{part}.{name}"
     for part, names in (("self_attn", "qkvo"), ("cross_attn", "qo"), ("ffn", "02"))
     for name in names
-]
+] + [dit_module.SPEECH]
 LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
 SHARED_BYTES = 227 * 1024  # that one program may have on a Hopper GPU
 STACK_BYTES = 64  # a thread, next to 1 kB of registers
@@ -107,6 +108,9 @@ def test_a_step_of_the_dit(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         fp8, "linear", lambda x, weight, *_: meta(*x.values.shape[:-1], len(weight), dtype=BF16)
     )  # torch has no product in eight bits for this device
+    monkeypatch.setattr(
+        audio_module, "grouped", lambda x, weight, *_: meta(len(x.values), weight.values.shape[1], dtype=BF16)
+    )
     with META:
         dit = DiT(replace(DitParams(), num_layers=1)).to(BF16)
     p = dit.params

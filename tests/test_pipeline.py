@@ -300,7 +300,7 @@ def test_several_latents_at_once_make_the_same_chunk(tiny: dict, monkeypatch: py
 
 @torch.no_grad()
 def test_speech_folded_once_makes_the_same_chunk(tiny: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parity: where the memory for it is not there, each step does, and makes the very same frames."""
+    """Parity: where it is not folded ahead each step does, and makes the very same frames."""
     from flashtalk_cli.models.dit import DiT
     from flashtalk_cli.pipeline import session
 

@@ -378,12 +378,14 @@ def test_gpus_that_cannot_share_memory_exchange_by_collectives(
     monkeypatch.setattr(peers, "reach", reach)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
-    monkeypatch.setattr(Ranks, "any", lambda _, here: here or not fails_here)  # else on the other rank
+    asked: list[bool] = []  # whether GPUs may not reach each other, and then whether it failed
+    monkeypatch.setattr(Ranks, "any", lambda _, here: (asked.append(here), here or len(asked) == 2)[1])
     monkeypatch.setattr(Ranks, "everyone", Group(2, 0, None))
     ranks = Ranks(torch.device("cuda", 0), size=2)
     assert type(ranks.mail) is Mail
     assert type(shelf_of(ranks.everyone, reached=ranks.reached)) is Shelf
     assert len(tried) == 1
+    assert asked == [False, fails_here]
     assert ("by collectives, which is slower" in caplog.text) == fails_here
     assert "at ..." not in caplog.text
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import KeyValue
-from flashtalk_cli.models.fp8 import Rows, grouped
+from flashtalk_cli.models.fp8 import Rows, Runs, grouped
 from flashtalk_cli.models.token_ops import TokenOps
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class FoldedRows(NamedTuple):
     keys: Rows  # [B, f, heads n, dim]
     values: Rows  # [B, f, dim, heads n]
     biased: Tensor
+    runs: Runs  # tokens held here of each frame
 
 
 Heard = KeyValue | Folded | FoldedRows
@@ -135,14 +136,13 @@ class AudioCrossAttention(nn.Module):
     ) -> Folded | FoldedRows:
         """Keys and values, of the frames alone that tokens of this span belong to, with their weights multiplied in.
 
-        What is folded stays as it is.
+        What is folded stays as it is: it must have been for the same span.
         """
         if not isinstance(audio, KeyValue):
             return audio
         (start, stop), heads = span, self.num_heads
-        held = slice(
-            min(start, stop - 1) // frame_tokens, -(-stop // frame_tokens)
-        )  # one, where there is no token
+        # of a rank without tokens one frame, since there are no empty products
+        held = slice(min(start, stop - 1) // frame_tokens, -(-stop // frame_tokens))
         w_q = rearrange(self.q_linear.weight, "(h d) c -> h d c", h=heads)
         w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
         k, v = (kv[:, held].flatten(0, 1) for kv in audio)
@@ -155,7 +155,8 @@ class AudioCrossAttention(nn.Module):
 
         if self.eight_bits:
             small_keys, small_values = (Rows(*map(of_videos, ops.rows(x))) for x in (keys, values))
-            return FoldedRows(small_keys, small_values, of_videos(biased))
+            runs = _runs(span, frame_tokens, k.device)
+            return FoldedRows(small_keys, small_values, of_videos(biased), runs)
         return Folded(*map(of_videos, (keys, values, biased)))
 
     def _frames(self, x: Tensor, folded: Folded, layout: Layout) -> Tensor:
@@ -179,14 +180,13 @@ class AudioCrossAttention(nn.Module):
 
     def _frames_of_rows(self, x: Rows, folded: FoldedRows, layout: Layout) -> Tensor:
         """The same in eight bits, all frames in one product: [B, n, dim]."""
-        keys, values, biased = folded
+        keys, values, biased, runs = folded
         size, scale = layout.frame_tokens, (x.values.shape[-1] // self.num_heads) ** -0.5
-        ends = _ends(layout.span, size, x.values.device)
         outs = []
         for video in range(len(x.values)):  # one, in use
-            scores = grouped(_one(x, video), _one(keys, video), ends, biased.dtype)
+            scores = grouped(_one(x, video), _one(keys, video), runs, biased.dtype)
             weights = layout.ops.softmax_rows(scores, biased[video], scale, size, layout.span[0] % size)
-            outs.append(grouped(weights, _one(values, video), ends, biased.dtype))
+            outs.append(grouped(weights, _one(values, video), runs, biased.dtype))
         return outs[0][None] if len(outs) == 1 else torch.stack(outs)
 
 
@@ -195,9 +195,9 @@ def _one(rows: Rows, video: int) -> Rows:
 
 
 @lru_cache(maxsize=8)
-def _ends(span: tuple[int, int], frame_tokens: int, device: torch.device) -> Tensor:
-    """For each latent frame that tokens of a span belong to, one past its last token held here: int32."""
+def _runs(span: tuple[int, int], frame_tokens: int, device: torch.device) -> Runs:
+    """The tokens of a span by their latent frames. Kept: none can be made while a graph is recorded."""
     start, stop = span
     frames = range(start // frame_tokens, -(-stop // frame_tokens))
-    ends = [min(stop, (frame + 1) * frame_tokens) - start for frame in frames]
-    return torch.tensor(ends, dtype=torch.int32, device=device)
+    lengths = [min(stop, (f + 1) * frame_tokens) - max(start, f * frame_tokens) for f in frames]
+    return Runs.of(lengths, device)

@@ -308,7 +308,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(p.dim, p.ffn_dim), nn.GELU("tanh"), nn.Linear(p.ffn_dim, p.dim))
 
     def arrange(self, eight_bits: Collection[str]) -> None:
-        """Make loaded weights ready: layers of these names quantised, and q, k, v in one piece of memory."""
+        """Make loaded weights ready: what has these names in eight bits, and q, k, v in one piece of memory."""
         self.self_attn.bounds = None
         self.audio_cross_attn.eight_bits = SPEECH in eight_bits
         to_eight_bits(self, (name for name in eight_bits if name != SPEECH))

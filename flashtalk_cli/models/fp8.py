@@ -1,16 +1,15 @@
-"""Linear layers in eight bits: e4m3 numbers, a scale for each row of activations and each row of weights.
+"""Products in eight bits: e4m3 numbers, a scale for each row of what is multiplied, and each row of what by.
 
 A row's scale maps its largest magnitude to the largest e4m3 number, so no row can overflow and a loud
 token does not cost the others their digits. Products are accumulated in float32 and come out in the
 compute dtype. On a GPU that multiplies e4m3 that is `torch._scaled_mm`; elsewhere the same numbers are
 multiplied in float32, which is slow and exists to measure the error (it differs by the order of sums).
-Everything that is no such layer stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -21,12 +20,14 @@ from flashtalk_cli.errors import DeviceError
 
 LARGEST = 448.0  # e4m3, finite kind; https://arxiv.org/abs/2209.05433
 SMALLEST_PEAK = 1e-12  # a row of zeros has this scale and stays zero
-HOPPER = (9, 0)  # from which on products of many groups are one kernel
+HOPPER = (
+    9  # major compute capability, for which torch has products of many groups in one kernel, and for no other
+)
 ADA = (8, 9)  # CUDA compute capability from which on e4m3 is multiplied
 
 
 class Rows(NamedTuple):
-    """Activations in e4m3 [..., n, dim] and what each row was divided by, float32 [..., n, 1]."""
+    """Numbers in e4m3 [..., n, dim] and what each row was divided by, float32 [..., n, 1]."""
 
     values: Tensor
     scales: Tensor
@@ -81,21 +82,33 @@ def linear(x: Rows, weight: Tensor, scale: Tensor, bias: Tensor, dtype: torch.dt
     return out.view(*x.values.shape[:-1], -1)
 
 
-def grouped(x: Rows, weight: Rows, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """Runs of rows of x [n, in], each times a weight of its own, of weight [groups, out, in]: [n, out] in `dtype`.
+class Runs(NamedTuple):
+    """How many rows belong to each group."""
 
-    ends: int32 [groups] on the device, one past each run's last row; the last one is n.
-    """
-    if x.values.is_cuda and torch.cuda.get_device_capability(x.values.device) >= HOPPER:
+    lengths: tuple[int, ...]
+    ends: Tensor  # one past each group's last row, int32 on the device
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Runs:
+        """Not to be called while a graph is recorded."""
+        with torch.inference_mode(False):
+            ends = torch.tensor(list(accumulate(lengths)), dtype=torch.int32, device=device)
+        return cls(tuple(lengths), ends)
+
+
+def grouped(x: Rows, weight: Rows, runs: Runs, dtype: torch.dtype) -> Tensor:
+    """Runs of rows of x [n, in], each times a weight of its own, of weight [groups, out, in]: [n, out] in `dtype`."""
+    if x.values.is_cuda and torch.cuda.get_device_capability(x.values.device)[0] == HOPPER:
         scales = x.scales.flatten(), weight.scales.flatten(1)
         return torch._scaled_grouped_mm(
-            x.values, weight.values.mT, *scales, offs=ends, out_dtype=dtype, use_fast_accum=True
+            x.values, weight.values.mT, *scales, offs=runs.ends, out_dtype=dtype, use_fast_accum=True
         )
-    runs, none = [0, *ends.tolist()], x.scales.new_zeros(weight.values.shape[1], dtype=dtype)
+    none = x.scales.new_zeros(weight.values.shape[1], dtype=dtype)
+    parts = zip(x.values.split(runs.lengths), x.scales.split(runs.lengths), strict=True)
     return torch.cat(
         [
-            linear(Rows(x.values[begin:end], x.scales[begin:end]), one, scale, none, dtype)
-            for (begin, end), one, scale in zip(pairwise(runs), weight.values, weight.scales, strict=True)
+            linear(Rows(*part), one, scale, none, dtype)
+            for part, one, scale in zip(parts, weight.values, weight.scales, strict=True)
         ]
     )
 

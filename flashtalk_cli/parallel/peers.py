@@ -45,16 +45,19 @@ def reach(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, group:
     return Reached(own, theirs, signals)
 
 
-def can_reach(group: Group, device: torch.device, one_host: bool) -> bool:
-    """Whether the group's ranks, a GPU each, are on one host whose GPUs reach each other's memory.
-
-    That is tried, by all of them together: a container may forbid what the GPUs could.
-    """
+def may_reach(group: Group, device: torch.device, one_host: bool) -> bool:
+    """Whether the group's ranks, a GPU each, are on one host whose GPUs can reach each other's memory."""
     if group.size == 1 or device.type != "cuda" or not one_host:
         return False
     others = (index for index in range(torch.cuda.device_count()) if index != device.index)
-    if not all(torch.cuda.can_device_access_peer(device, other) for other in others):
-        return False
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+
+
+def can_reach(group: Group, device: torch.device) -> bool:
+    """Whether this rank can set such memory up: a container may forbid what the GPUs could. All ranks try together.
+
+    One that fails alone leaves the others waiting, until their pulse ends the run.
+    """
     try:
         reach((group.size, LEAST), torch.uint8, device, group)
     except RuntimeError as error:

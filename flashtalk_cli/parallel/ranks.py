@@ -25,7 +25,7 @@ from torch.distributed import distributed_c10d
 from flashtalk_cli.errors import DeviceError
 from flashtalk_cli.parallel.group import ALONE, Group
 from flashtalk_cli.parallel.mail import Mail, mail_of
-from flashtalk_cli.parallel.peers import can_reach
+from flashtalk_cli.parallel.peers import can_reach, may_reach
 from flashtalk_cli.parallel.pulse import FIRST_S, SILENT_S, Pulse
 from flashtalk_cli.parallel.traffic import Traffic
 
@@ -72,7 +72,9 @@ class Ranks:
     @cached_property
     def reached(self) -> bool:
         """Whether every rank's GPU writes to every other's memory: found out by all together, when first asked."""
-        return not self.any(not can_reach(self.everyone, self.device, self.one_host))
+        if self.any(not may_reach(self.everyone, self.device, self.one_host)):
+            return False
+        return not self.any(not can_reach(self.everyone, self.device))
 
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of this rank, where `parts` says which ranks are together: each rank in exactly one.

@@ -37,12 +37,9 @@ from flashtalk_cli.pipeline.streams import Graphs
 T = TypeVar("T")
 
 MASK_CHANNELS = 4  # one a frame of a latent: 1 where the picture is given
-FILLING_PX = (
-    448 * 768 * 3 // 2
-)  # of latents that keep a large GPU busy down to the smallest level of the decoder
-FOLDED_BYTES = (
-    6 << 30
-)  # a half of the released model's latents; with all of them 40 GB do no longer in eight bits
+# Of latents that keep a large GPU busy down to the smallest level of the decoder. One GPU decodes one of 448 x 768 at a
+# time, for memory; two, of halves, three.
+FILLING_PX = 448 * 768 * 3 // 2
 ON_CPU = 2  # latents at once: a tenth faster than one, and more would hardly fit its cache
 
 
@@ -151,7 +148,7 @@ def step(
     if primed is None or primed.motion is not state.motion:
         primed = _prime(models, state.motion, generator, mark)
     generator.set_state(primed.noise)
-    heard = _hear(models, windows.to(models.device), state.motion)
+    heard = hear(models, windows.to(models.device), state.motion)
     mark("keys")
 
     def predict(x: Tensor, time: float) -> Tensor:
@@ -214,7 +211,7 @@ def latents_at_once(latents: Tensor, tiles: Tiles) -> int:
     return ON_CPU if latents.device.type == "cpu" else max(1, FILLING_PX * tiles.count // whole_px)
 
 
-def _hear(models: Models, windows: Tensor, motion: Tensor) -> AudioContext:
+def hear(models: Models, windows: Tensor, motion: Tensor) -> AudioContext:
     """What all steps of a chunk hear, by a graph where there is one.
 
     It is folded at once where it is quantised, too, and on a CPU. In sixteen bits on a GPU that gained nothing that
@@ -227,12 +224,12 @@ def _hear(models: Models, windows: Tensor, motion: Tensor) -> AudioContext:
     span = models.sequence.span(models.sampling.chunk_latents * frame_tokens)
     ahead = dit.eight_bits or windows.device.type == "cpu"
 
-    def hear(windows: Tensor) -> AudioContext:
-        heard = dit.hear(windows)
-        return dit.fold(heard, span, frame_tokens) if ahead else heard
+    def heard(windows: Tensor) -> AudioContext:
+        given = dit.hear(windows)
+        return dit.fold(given, span, frame_tokens) if ahead else given
 
     graphs = models.graphs
-    return graphs.kept("hear", (dit, frame_tokens, span), hear, windows) if graphs else hear(windows)
+    return graphs.kept("hear", (dit, frame_tokens, span), heard, windows) if graphs else heard(windows)
 
 
 def _velocity(models: Models, conditions: Conditions, heard: AudioContext, x: Tensor, t: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def main() -> int:
     report.add("attention", kernel=dit.kernel.name, sizes=str(asdict(DIT)["dim"]))
     context = dit.condition(draw(8, DIT.text_dim), draw(1, 257, DIT.image_dim))
     frames = 1 + 4 * (LATENTS - 1)
-    heard = dit.hear(draw(1, frames, DIT.audio_window, DIT.audio_layers, DIT.audio_dim))
+    windows = draw(1, frames, DIT.audio_window, DIT.audio_layers, DIT.audio_dim)
+    heard = dit.hear(windows)
     x, y = (draw(1, channels, LATENTS, H, W, dtype=torch.float32) for channels in (16, 20))
     t = torch.full((1,), 750.0, device=DEVICE)
     exact: list[Tensor] = []
@@ -115,7 +116,9 @@ def main() -> int:
         report.add("recorded", works=graphs.works)
 
     def eight_bits(name: str) -> None:
+        nonlocal heard
         dit.arrange(True)
+        heard = dit.fold(dit.hear(windows), (0, LATENTS * H * W // 4), H * W // 4)
         if ON_GPU:
             torch.cuda.empty_cache()
         timed(name)

@@ -25,7 +25,7 @@ from flashtalk_cli.distill.people.bank import SpeechBank
 from flashtalk_cli.distill.people.clips import Drawing, Plan, draw_plan, render_clips
 from flashtalk_cli.distill.people.person import PersonSpec
 
-CLOSE = 0.67  # of the people; a face of a few pixels teaches little
+CLOSE_SHARE = 0.67  # of the people; a face of a few pixels teaches little
 
 
 def reframe(spec: PersonSpec, rng: np.random.Generator) -> PersonSpec:
@@ -35,11 +35,11 @@ def reframe(spec: PersonSpec, rng: np.random.Generator) -> PersonSpec:
     return replace(spec, face_height=face_height, place=place)
 
 
-def draw_close_plan(number: int, bank: SpeechBank, drawing: Drawing, close: float) -> Plan:
+def draw_close_plan(number: int, bank: SpeechBank, drawing: Drawing, close_share: float) -> Plan:
     """Clip `number`; that share of the people reframed, the others as the generator has them."""
     plan = draw_plan(number, bank, drawing)
     rng = np.random.default_rng((17, number, drawing.held_out))
-    if rng.random() < 1 - close:
+    if rng.random() < 1 - close_share:
         return plan
     spec = reframe(plan.spec, rng)
     return replace(plan, spec=spec, backdrop=draw_backdrop(spec, drawing.height_px, drawing.width_px))
@@ -48,8 +48,8 @@ def draw_close_plan(number: int, bank: SpeechBank, drawing: Drawing, close: floa
 class _Plans(IterableDataset):
     """Batches of plans without end; worker w of W plans every W-th batch."""
 
-    def __init__(self, bank: SpeechBank, drawing: Drawing, first: int, close: float) -> None:
-        self.bank, self.drawing, self.first, self.close = bank, drawing, first, close
+    def __init__(self, bank: SpeechBank, drawing: Drawing, first: int, close_share: float) -> None:
+        self.bank, self.drawing, self.first, self.close_share = bank, drawing, first, close_share
 
     def __iter__(self) -> Iterator[list[Plan]]:
         torch.set_num_threads(1)
@@ -58,7 +58,7 @@ class _Plans(IterableDataset):
         while True:
             start = self.first + number * self.drawing.batch
             numbers = range(start, start + self.drawing.batch)
-            yield [draw_close_plan(clip, self.bank, self.drawing, self.close) for clip in numbers]
+            yield [draw_close_plan(clip, self.bank, self.drawing, self.close_share) for clip in numbers]
             number += step
 
 
@@ -76,7 +76,7 @@ class ClipPool:
         device: str,
         workers: int,
         first: int = 0,
-        close: float = CLOSE,
+        close_share: float = CLOSE_SHARE,
     ) -> None:
         self.drawing, self.device = drawing, device
         size = (capacity, drawing.n_frames, drawing.height_px, drawing.width_px, 3)
@@ -86,7 +86,9 @@ class ClipPool:
         self.rendering_s = 0.0
         self._ready: queue.Queue[list[Plan]] = queue.Queue(maxsize=8)
         self._closed = threading.Event()
-        self._loader = DataLoader(_Plans(bank, drawing, first, close), batch_size=None, num_workers=workers)
+        self._loader = DataLoader(
+            _Plans(bank, drawing, first, close_share), batch_size=None, num_workers=workers
+        )
         self._thread = threading.Thread(target=self._collect, daemon=True)
         self._thread.start()
 

@@ -57,7 +57,9 @@ def train_vae(
     """
     began_s = time.monotonic()
     drawing = Drawing(plan.pool_side_px, plan.pool_side_px, plan.pool_frames, batch=min(16, plan.pool_clips))
-    pool = ClipPool(SpeechBank(bank, "train"), drawing, plan.pool_clips, device, workers, close=plan.close)
+    pool = ClipPool(
+        SpeechBank(bank, "train"), drawing, plan.pool_clips, device, workers, close_share=plan.close_share
+    )
     pool.fill(plan.pool_clips, began_s + plan.fill_s)
     figures: dict[str, Any] = {
         "pool_clips": pool.count,
@@ -207,7 +209,10 @@ def main() -> None:
     else:
         plans = {"vae": vae_training.Plan(), "decoder": vae_training.FINER, "both": vae_training.BOTH}
         whole = plans[given.part]
-        seen = replace(vae_training.TOY if given.toy else whole, fill_s=given.fill_seconds)
+        small = replace(
+            vae_training.TOY, hold=whole.hold, only_decoder=whole.only_decoder, turned=whole.turned
+        )
+        seen = replace(small if given.toy else whole, fill_s=given.fill_seconds)
         train_vae(
             given.bank, given.out, given.seconds, given.device, seen, given.workers, given.image_seconds,
             given.start,

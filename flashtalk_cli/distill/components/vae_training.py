@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flashtalk_cli.distill.components import first_weights
 from flashtalk_cli.distill.components.pictures import draw_stills, film, vary_colours
-from flashtalk_cli.distill.components.pool import CLOSE, ClipPool
+from flashtalk_cli.distill.components.pool import CLOSE_SHARE, ClipPool
 from flashtalk_cli.distill.components.vae import MINI, objective, statistics
 from flashtalk_cli.distill.muon import Muon
 from flashtalk_cli.models.vae import Vae, VaeParams
@@ -75,7 +75,7 @@ class Plan:
     unlike: float = 0.15
     hold: float = 0.0  # to the latents of the VAE that training goes on with
     only_decoder: bool = False
-    close: float = CLOSE  # share of the people who are reframed
+    close_share: float = CLOSE_SHARE  # of the people, who are reframed
     turned: bool = True  # the colours of clips
     refresh_share: float = 0.1
     seed: int = 0
@@ -98,7 +98,7 @@ BOTH = replace(
     FINER,
     only_decoder=False,
     hold=0.3,
-    close=0.3,
+    close_share=0.3,
     unlike=8.0,
     rate=4e-4,
     rate_others=2e-4,
@@ -108,7 +108,7 @@ BOTH = replace(
         Batch(every=4, people=4, pictures=1, n_frames=17, height_px=144, width_px=144),
     ),
 )
-"""Both halves of a trained VAE, on people framed as the motion network has them; latents move little."""
+"""Both halves of a trained VAE, mostly on people framed as the motion network has them; latents move little."""
 
 TOY = Plan(
     pool_clips=2,

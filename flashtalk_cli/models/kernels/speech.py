@@ -1,6 +1,6 @@
 """Attention to speech between its products: keys and values folded, and the softmax over few keys.
 
-See AudioCrossAttention in models/dit.py for what is folded and why. A batched product of torch's would write
+See AudioCrossAttention in models/audio.py for what is folded and why. A batched product of torch's would write
 heads outside of frames, where the products after it want them within, and each copy costs as much again.
 """
 
