@@ -9,7 +9,7 @@ Parts, in this order; figures are written after each, so that what comes later c
     exchange   one DiT step, and how much of it goes by in exchanges; the all-to-alls and halos one by one
     trace      the longest kernels of such a step, in FIGURES.trace.txt
     graph      steps recorded as CUDA graphs, collectives included
-    fp8        the same in eight bits, attention included where it can be: time, and a trace in FIGURES.trace-fp8.txt
+    fp8        the same in eight bits, attention included where it can be: time, recorded, and a trace in FIGURES.trace-fp8.txt
     parity     float32: small networks over NCCL equal one GPU's, for all splits
 
 Random weights, drawn alike on every GPU. Differences are relative root mean squares. Limits are those that
@@ -296,7 +296,7 @@ def exchange(check: Check) -> None:
         check.measured(f"{name} {figures[name]:.3f} ms")
 
 
-def graph(check: Check) -> None:
+def graph(check: Check, name: str = "graph") -> None:
     """Steps as CUDA graphs: NCCL's kernels are recorded like any other."""
     if check.ranks.device.type != "cuda":
         return
@@ -314,9 +314,9 @@ def graph(check: Check) -> None:
         times.append(round((time.perf_counter() - began_s) * 1000, 1))
     works = [held.graph is not None for held in graphs._recordings.values()]
     same = torch.equal(torch.cat(videos, 2).cpu(), plain["video"])
-    check.figures["graph"] = {"ms": times, "plain_ms": plain["ms"], "recorded": works, "same": same}
-    check.held(same, "a recorded step gives the same bits")
-    check.measured(f"with graphs {times} ms a chunk, without {plain['ms']}; recorded: {works}")
+    check.figures[name] = {"ms": times, "plain_ms": plain["ms"], "recorded": works, "same": same}
+    check.held(same, f"{name}: a recorded step gives the same bits")
+    check.measured(f"{name}: with graphs {times} ms a chunk, without {plain['ms']}; recorded: {works}")
     graphs.clear()  # before the communicator that they use is ended
 
 
@@ -356,6 +356,7 @@ def fp8(check: Check) -> None:
     check.figures["fp8"] = {"ms": found["ms"], "peak_gib": peaks}
     check.held(all(found[part].isfinite().all() for part in RESULTS), "fp8: results are finite")
     check.measured(f"fp8: {found['ms']} ms a chunk, peak {max(peaks or [0]):.1f} GiB")
+    graph(check, "graph-fp8")
     trace(check, "trace-fp8")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,8 +65,13 @@ class Panel:
         return replace(self, sound=[np.zeros_like(samples) for samples in self.sound])
 
 
-def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel:
-    """Held-out people with held-out voices and sentences; the same for every evaluation of one size."""
+def draw_panel(
+    encoders: Encoders, bank_folder: Path, plan: Evaluation, told: Callable[[int], None] = lambda _: None
+) -> Panel:
+    """Held-out people with held-out voices and sentences; the same for every evaluation of one size.
+
+    told: called with how many are drawn; on a CPU each takes half a minute.
+    """
     base = encoders.base
     sampling, canvas = base.sampling, base.canvas
     bank = SpeechBank(bank_folder, "held_out")
@@ -82,8 +88,10 @@ def draw_panel(encoders: Encoders, bank_folder: Path, plan: Evaluation) -> Panel
         gain = loudness_gain(speech.samples, base.hearing.loudness_lufs)
         sound.append((speech.samples * np.float32(gain)).astype(np.float32))
     frames, gaps, boxes = [], [], []
-    for first in range(0, plan.people, PEOPLE_AT_ONCE):
-        some = slice(first, first + PEOPLE_AT_ONCE)
+    at_once = PEOPLE_AT_ONCE if encoders.device.type == "cuda" else 1
+    for first in range(0, plan.people, at_once):
+        told(first)
+        some = slice(first, first + at_once)
         size_px, device = (canvas.height_px, canvas.width_px), str(encoders.device)
         shown = [performance.cut(0, n_shown) for performance in performances[some]]
         clip = render_clips(specs[some], shown, size_px, device)

@@ -135,16 +135,21 @@ def evaluate(work: Work) -> int:
         raise InputError("nothing to evaluate: give --teacher, --student, or both")
     encoders = Encoders(work.folder, job.base, device)
     work.say("panel", f"{plan.people} held-out people, {plan.long_chunks} chunks each")
-    panel = draw_panel(encoders, job.source, plan)
-    vae = load_vae(work.folder, device, choose_dtype(job.base.precision.vae, device))
+
+    def drawn(done: int) -> None:
+        if work.stop.is_set():
+            raise Interrupted
+        work.emitter.emit("progress", name="panel", done=done, total=plan.people, unit="people drawn")
 
     def told(name: str, done: int, total: int) -> None:
         work.emitter.emit("progress", name="eval", done=done, total=total, unit=f"chunks of {name}")
 
-    reference = Reference.of(panel.pictures, panel.mouth_box, encoders.image, device)
-    bench = Bench(panel, vae, reference, plan, work.stop, told)
     mine = []
     try:
+        panel = draw_panel(encoders, job.source, plan, drawn)
+        vae = load_vae(work.folder, device, choose_dtype(job.base.precision.vae, device))
+        reference = Reference.of(panel.pictures, panel.mouth_box, encoders.image, device)
+        bench = Bench(panel, vae, reference, plan, work.stop, told)
         for place in share_out(candidates, ranks.size)[ranks.rank]:
             work.say("eval", candidates[place].name)
             mine.append((place, bench.run(candidates[place])))
