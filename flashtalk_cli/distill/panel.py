@@ -70,7 +70,7 @@ def draw_panel(
 ) -> Panel:
     """Held-out people with held-out voices and sentences; the same for every evaluation of one size.
 
-    told: called with how many are drawn; on a CPU each takes half a minute.
+    told: called with how many are drawn; on a CPU each takes a minute.
     """
     base = encoders.base
     sampling, canvas = base.sampling, base.canvas
