@@ -182,9 +182,8 @@ class Worker:
         several = self.ranks.size > 1 and self.device.type == "cuda"
         apart = torch.cuda.Stream(self.device) if several else None
         if apart is not None:
-            apart.wait_stream(
-                torch.cuda.current_stream(self.device)
-            )  # once: the encoder's weights are being made
+            # Once: the encoder's weights are being made.
+            apart.wait_stream(torch.cuda.current_stream(self.device))
         gain = gain_to(speech.loudness_lufs, self.preset.hearing.loudness_lufs)
 
         def features(heard: chunks.Heard) -> Tensor:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashtalk_cli.distill import tasks
+from flashtalk_cli.distill.config import Evaluation
 from flashtalk_cli.distill.drive import Method
 from flashtalk_cli.distill.evaluate import CHUNK_COST, Candidate, share_out
 from flashtalk_cli.distill.losses import Guidance
 from flashtalk_cli.distill.measures import MAX_LAG_FRAMES, compare_lips
 from flashtalk_cli.distill.report import by_voice
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
+from flashtalk_cli.parallel.ranks import Ranks
 
 METHODS = (Method(40, Guidance(1.0, 2.0)), Method(4), Method(2))
 
@@ -92,3 +101,33 @@ def test_lips_by_whose_voice_was_heard() -> None:
     lines = by_voice([("me", compare_lips(still, truth))], ["kokoro", "flite", "flite"]).splitlines()
     assert lines[0] == "| lips r by voices | flite, 2 people | kokoro, 1 people |"
     assert lines[2] == "| me | 0.000 | 1.000 |"
+
+
+def test_an_evaluation_that_is_asked_to_end_does_so_between_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contract: whoever is drawn is told, and nobody more once it should end: 130, with nothing written."""
+    stop, drawn, said = threading.Event(), [], []
+
+    def draw(encoders: object, bank: object, plan: object, told: Callable[[int], None]) -> None:
+        for number in range(4):
+            told(number)
+            drawn.append(number)
+            if number == 1:
+                stop.set()
+
+    monkeypatch.setattr(tasks, "draw_panel", draw)
+    monkeypatch.setattr(tasks, "Encoders", lambda *_: None)
+    monkeypatch.setattr(tasks, "_candidates", lambda _: [_candidate(Method(4), 9)])
+    emitter = SimpleNamespace(emit=lambda event, **more: said.append((event, more.get("done"))))
+    preset = SimpleNamespace(evaluation=Evaluation(people=4))
+    job = SimpleNamespace(preset=preset, base=None, source=Path("bank"))
+    work = SimpleNamespace(
+        job=job,
+        ranks=Ranks(torch.device("cpu")),
+        stop=stop,
+        emitter=emitter,
+        folder=None,
+        say=lambda *_: None,
+    )
+    assert tasks.evaluate(work) == INTERRUPTED_EXIT_CODE  # type: ignore[arg-type]
+    assert drawn == [0, 1]
+    assert said == [("progress", 0), ("progress", 1), ("interrupted", None)]

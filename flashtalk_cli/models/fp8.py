@@ -20,9 +20,7 @@ from flashtalk_cli.errors import DeviceError
 
 LARGEST = 448.0  # e4m3, finite kind; https://arxiv.org/abs/2209.05433
 SMALLEST_PEAK = 1e-12  # a row of zeros has this scale and stays zero
-HOPPER = (
-    9  # major compute capability, for which torch has products of many groups in one kernel, and for no other
-)
+HOPPER = 9  # major compute capability, the only one for which products of many groups are one kernel
 ADA = (8, 9)  # CUDA compute capability from which on e4m3 is multiplied
 
 

@@ -103,8 +103,10 @@ def xfuser_ring(ring: UlyssesRing, device: torch.device, attention: str) -> Xfus
 
 
 def _complete(utilities: ModuleType) -> None:
-    """Let xfuser 0.5 to 0.7 load: beside its ring for GPUs it loads one for NPUs, of which yunchang 0.6.4, the newest
-    that there is to install, lacks a function. It is never called here."""
+    """Let xfuser 0.5 to 0.7 load beside yunchang 0.6.4, the newest that there is to install.
+
+    Next to its ring for GPUs xfuser loads one for NPUs, for which yunchang lacks a function; it is never called here.
+    """
     if not hasattr(utilities, "update_npu_out"):
         vars(utilities)["update_npu_out"] = None
 

@@ -3,7 +3,8 @@
 The threads of one computation wait for each other a thousand times a second. One whose core somebody else
 uses too holds all of them up: on two cores beside one busy program a chunk of the embedded model took 12 s
 with two threads and 1.3 s with one. What is computed is the same, bit for bit, with one or two threads (up to three on
-an AMD EPYC with AVX-512); with more, the libraries choose other ways of computing a convolution or a product. OMP_NUM_THREADS, which torch reads, is how many there are at most.
+an AMD EPYC with AVX-512); with more, the libraries choose other ways of computing a convolution or a product.
+OMP_NUM_THREADS, which torch reads, is how many there are at most.
 """
 
 from __future__ import annotations

@@ -43,9 +43,8 @@ class Graphs:
     ) -> None:
         self._before, self._agree = before, agree
         self._recordings: dict[str, _Recording] = {}
-        self._stream: torch.cuda.Stream | None = (
-            None  # own: what libraries keep by stream is no other recorder's
-        )
+        # A stream of its own: what libraries keep by stream is no other recorder's.
+        self._stream: torch.cuda.Stream | None = None
         self.works = True  # nothing failed to be recorded so far
 
     def __call__(self, name: str, given: object, function: Callable[..., T], *inputs: Tensor) -> T:
