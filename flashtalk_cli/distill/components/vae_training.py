@@ -100,8 +100,8 @@ BOTH = replace(
     hold=0.3,
     close_share=0.3,
     unlike=8.0,
-    rate=4e-4,
-    rate_others=2e-4,
+    rate=6e-4,
+    rate_others=3e-4,
     pool_side_px=152,
     batches=(
         Batch(every=1, people=8, pictures=1, n_frames=5, height_px=144, width_px=144),
