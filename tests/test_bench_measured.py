@@ -3,10 +3,10 @@ is written today and add up (contract); `bench --from`, `--html` and `--compare`
 them, so that a figure in README that no file has, or that another run has overtaken, fails (golden).
 
     h200x*-*.json             reports of `flashtalk bench -o`, named by machine and number format
-    h200x2-goals.json         figures of `scripts/gpu-check goals`: exchanges of a step
     h200x2-gpu-check.json     figures of `scripts/gpu-check ranks`: several GPUs against one
     h200x1-gpu-speed.json     figures of `scripts/gpu-speed`: parts of a chunk on one GPU
     h200x1-offload.json       figures of `scripts/gpu-check offload`: one chunk
+    h200x2-engines.json       what `scripts/gpu-check ranks xfuser` printed
 
 A report put here has to be quoted: the test that fails says with which row.
 """
@@ -167,9 +167,10 @@ def test_readme_quotes_how_far_gpu_counts_differ():
     assert check["failed"] == []
     assert check["together"]["repeated"]
     assert check["graph"]["same"]
+    assert check["graph-fp8"]["same"]
     difference, parity = check["together"]["difference"], check["parity"][0]
     kernels = alone["dit"]["with attention cudnn"]["difference"]
-    exchange = json.loads((KEPT / "h200x2-goals.json").read_text())["exchange"]
+    exchange = check["exchange"]
     quoted(
         f"| velocity of a step, 2 GPUs for 1 | {100 * difference['velocity']:.2f} % |",
         f"| velocity of a step, one GPU, cuDNN's attention for fa3's | {100 * kernels:.2f} % |",
@@ -177,6 +178,12 @@ def test_readme_quotes_how_far_gpu_counts_differ():
         *(f"| {name} | {parity[part]:.1e} |" for name, part in FLOAT32.items()),
         f"{exchange['exchange_ms']:.1f} ms of a step's {exchange['step_ms']:.0f}",
     )
+
+
+def test_readme_quotes_which_engine_is_faster():
+    found = json.loads((KEPT / "h200x2-engines.json").read_text())
+    each = (found[name] for name in ("heads swapped", "ring"))
+    quoted(*(f"{row['torch_ms']} ms for {row['xfuser_ms']} ms" for row in each), f"xfuser {found['xfuser']}")
 
 
 @pytest.mark.parametrize(("name", "path"), PRESETS.items(), ids=PRESETS)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flashtalk_cli.models import rope
 from flashtalk_cli.models.attention import SDPA
-from flashtalk_cli.models.audio import AudioProjector
+from flashtalk_cli.models.audio import AudioProjector, FoldBounds
 from flashtalk_cli.models.dit import Layout
-from flashtalk_cli.models.fp8 import quantise_rows
+from flashtalk_cli.models.fp8 import LARGEST, quantise_rows
 from flashtalk_cli.models.token_ops import PLAIN
 from flashtalk_cli.parallel.mesh import make_mesh
 from flashtalk_cli.parallel.ranks import Ranks
@@ -114,6 +114,31 @@ def test_a_run_of_tokens_hears_what_it_hears_in_the_whole(data: st.DataObject) -
     assert not small[:, stop - start :].any()
     if start < stop:
         assert (small_expected - expected).norm() < 0.1 * expected.norm()
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1 << 30), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_no_number_is_beyond_its_bound(seed: int, loudness: float) -> None:
+    """Property: scales that are known before leave nothing to be cut off, and no more than they must to spare."""
+    torch.manual_seed(seed)
+    dit, given_ = random_dit(), Inputs.draw(SMALL, b=2)
+    layer, cross = dit.blocks[0].audio_cross_attn, dit.blocks[0].cross_attn
+    k, v = (kv.flatten(0, 1) * loudness for kv in layer.keys(dit.audio_proj(given_.windows)))
+    w_q = layer.q_linear.weight.unflatten(0, (SMALL.num_heads, -1))
+    w_o = layer.proj.weight.T.unflatten(0, (SMALL.num_heads, -1))
+    bounds = FoldBounds.of(w_q, w_o, layer.proj.bias)
+    keys, values = PLAIN.fold(k, w_q), PLAIN.fold(v, w_o, layer.proj.bias)
+    text, image = (loudness * torch.randn(2, n, SMALL.dim) for n in (3, 5))
+    seen = cross.keys(text, 1, image)
+    q = torch.randn(2, 7, SMALL.num_heads, SMALL.head_dim)
+    mean = PLAIN.cross_attention(q, 1e-6, seen, SDPA)
+    for found, scales in (
+        (keys, bounds.of_keys(k)),
+        (values, bounds.of_values(v)),
+        (mean, seen.scale[:, None, None]),
+    ):
+        share = (found.abs() / (LARGEST * scales)).amax()
+        assert 0.02 < share <= 1 + 1e-5
 
 
 def test_audio_attention_by_definition() -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models import token_ops
-from flashtalk_cli.models.attention import SDPA, KeyValue, PromptKeys
+from flashtalk_cli.models.attention import SDPA, CrossKeys, KeyValue, PromptKeys
 from flashtalk_cli.models.token_ops import PLAIN
 
 
@@ -52,11 +52,16 @@ def test_few_keys_in_two_products() -> None:
     torch.manual_seed(0)
     q, text, image = (torch.randn(2, n, 3, 64) for n in (50, 7, 17))
     said, seen = PromptKeys(text, -text, 26), KeyValue(image, image.flip(1))
+    scale = torch.ones(2)
+
+    def attend(q: Tensor, prompt: PromptKeys, picture: KeyValue) -> Tensor:
+        return PLAIN.cross_attention(q, 1e-6, CrossKeys(prompt, picture, scale), SDPA)
+
     with torch.no_grad():
-        expected = PLAIN.cross_attention(q, said, seen, SDPA)
+        expected = attend(q, said, seen)
         half = [x.bfloat16() for x in (q, text, -text, image, image.flip(1))]
-        found = PLAIN.cross_attention(half[0], PromptKeys(*half[1:3], 26), KeyValue(*half[3:]), SDPA)
-        once = PLAIN.cross_attention(q, PromptKeys(text, -text, 1), seen, SDPA)
+        found = attend(half[0], PromptKeys(*half[1:3], 26), KeyValue(*half[3:]))
+        once = attend(q, PromptKeys(text, -text, 1), seen)
     assert found.dtype == torch.bfloat16
     off = (found.float() - expected).square().mean() / expected.square().mean()
     assert off.sqrt() < 0.01

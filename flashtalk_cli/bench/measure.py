@@ -180,7 +180,7 @@ def work_of(worker: Worker, models: Models, conditions: Conditions) -> dict[str,
     sampling, canvas = models.sampling, worker.preset.canvas
     height, width = canvas.height_px // STRIDE_PX, canvas.width_px // STRIDE_PX
     tokens = tokens_of(models.dit.params, sampling.chunk_latents, canvas)
-    image_tokens = conditions.context.image[0].k.shape[1]
+    image_tokens = conditions.context.blocks[0].image.k.shape[1]
     primed = 1 + (sampling.motion_frames - 1) // FRAMES_PER_LATENT
     vae = models.vae.params
     return {

@@ -23,7 +23,7 @@ from flashtalk_cli.models.tensors import Source, open_files, tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILED_VARIANTS = 64  # batch sizes, and with and without gradients, over all networks of a run
-READ_OUTSIDE_FORWARD = {"cross_attn": ("keys_of_text", "keys_of_image"), "audio_cross_attn": ("keys",)}
+READ_OUTSIDE_FORWARD = {"cross_attn": ("keys",), "audio_cross_attn": ("keys",)}
 
 
 def build(params: DitParams, network: Network, kernel: AttentionKernel) -> DiT:

@@ -67,6 +67,18 @@ class PromptKeys(NamedTuple):
         return KeyValue(k, v)
 
 
+class CrossKeys(NamedTuple):
+    """What tokens attend to that stays the same in a session: the prompt, and apart from it the picture.
+
+    Keys have the weight of the queries' norm multiplied in. scale: float32 [B], what the sum of both results is
+    divided by in eight bits; as a mean of values it is no larger than the largest of each.
+    """
+
+    text: PromptKeys
+    image: KeyValue
+    scale: Tensor
+
+
 @dataclass(frozen=True)
 class AttentionKernel:
     """A named way to compute attention; call it with q, k, v."""

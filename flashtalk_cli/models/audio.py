@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flashtalk_cli.models.attention import KeyValue
-from flashtalk_cli.models.fp8 import Rows, Runs, grouped
+from flashtalk_cli.models.fp8 import LARGEST, Rows, Runs, grouped
 from flashtalk_cli.models.token_ops import TokenOps
 
 if TYPE_CHECKING:
@@ -89,6 +89,36 @@ class FoldedRows(NamedTuple):
 Heard = KeyValue | Folded | FoldedRows
 
 
+class FoldBounds(NamedTuple):
+    """What is folded is divided by in eight bits, for each unit of length of what it is folded from.
+
+    A folded number is the product of a key's, or a value's, head with a column of weights, and so no larger than
+    the product of their lengths: its scale is known before it is made, as in head_bounds.py.
+    """
+
+    keys: Tensor  # float32 [heads]
+    values: Tensor  # float32 [dim]
+    owed: Tensor  # float32 [dim], for the bias
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, w_q: Tensor, w_o: Tensor, bias: Tensor) -> FoldBounds:
+        """From weights [heads, head_dim, dim] and the bias [dim] that is dealt out to the heads."""
+        longest_q, longest_o = (torch.linalg.vector_norm(w, dim=1, dtype=torch.float32) for w in (w_q, w_o))
+        owed = bias.float().abs() / (len(w_o) * LARGEST)
+        return cls(longest_q.amax(1) / LARGEST, longest_o.amax(0) / LARGEST, owed)
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        """Scales of the rows that keys [f, n, heads, head_dim] become: float32 [f, heads n, 1]."""
+        lengths = torch.linalg.vector_norm(k, dim=-1, dtype=torch.float32)
+        return rearrange(lengths * self.keys, "f n h -> f (h n) 1").contiguous()
+
+    def of_values(self, v: Tensor) -> Tensor:
+        """Scales of the channels that values [..., head_dim] become, one for all frames: float32 [dim]."""
+        longest = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).amax()
+        return torch.addcmul(self.owed, longest, self.values)
+
+
 class AudioCrossAttention(nn.Module):
     """The tokens of a latent frame to the speech of that frame only.
 
@@ -107,6 +137,7 @@ class AudioCrossAttention(nn.Module):
         super().__init__()
         self.num_heads = p.num_heads
         self.eight_bits = False
+        self.bounds: FoldBounds | None = None  # known from when eight bits first ask
         self.q_linear = nn.Linear(p.dim, p.dim)
         self.kv_linear = nn.Linear(p.output_dim, 2 * p.dim)
         self.proj = nn.Linear(p.dim, p.dim)
@@ -147,17 +178,17 @@ class AudioCrossAttention(nn.Module):
         w_o = rearrange(self.proj.weight, "c (h d) -> h d c", h=heads)
         k, v = (kv[:, held].flatten(0, 1) for kv in audio)
         biased = torch.einsum("fnhd,hd->fhn", k, self.q_linear.bias.unflatten(0, (heads, -1)))
-        keys = ops.fold(k, w_q)
-        values = ops.fold(v, w_o, self.proj.bias, columns_first=self.eight_bits)
 
         def of_videos(x: Tensor) -> Tensor:
             return x.unflatten(0, (len(audio.k), held.stop - held.start))
 
         if self.eight_bits:
-            small_keys, small_values = (Rows(*map(of_videos, ops.rows(x))) for x in (keys, values))
-            runs = _runs(span, frame_tokens, k.device)
-            return FoldedRows(small_keys, small_values, of_videos(biased), runs)
-        return Folded(*map(of_videos, (keys, values, biased)))
+            bounds = self.bounds = self.bounds or FoldBounds.of(w_q, w_o, self.proj.bias)
+            keys = Rows(*map(of_videos, ops.fold_keys(k, w_q, bounds.of_keys(k))))
+            of_values = bounds.of_values(audio.v)  # of all frames: the same on every rank
+            values = Rows(*map(of_videos, ops.fold_values(v, w_o, self.proj.bias, of_values)))
+            return FoldedRows(keys, values, of_videos(biased), _runs(span, frame_tokens, k.device))
+        return Folded(*map(of_videos, (ops.fold(k, w_q), ops.fold(v, w_o, self.proj.bias), biased)))
 
     def _frames(self, x: Tensor, folded: Folded, layout: Layout) -> Tensor:
         """To what their frames hear, whole ones together, and what there is of the first and the last by itself."""

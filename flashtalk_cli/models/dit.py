@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flashtalk_cli.errors import ModelError
-from flashtalk_cli.models.attention import SDPA, AttentionKernel, KeyValue, PromptKeys
+from flashtalk_cli.models.attention import SDPA, AttentionKernel, CrossKeys, KeyValue, PromptKeys
 from flashtalk_cli.models.audio import AudioCrossAttention, AudioProjector, Heard
-from flashtalk_cli.models.fp8 import Rows, to_eight_bits
+from flashtalk_cli.models.fp8 import LARGEST, Rows, to_eight_bits
 from flashtalk_cli.models.head_bounds import HeadBounds
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
 from flashtalk_cli.models.offload import Offload
@@ -39,7 +39,7 @@ TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the relea
 
 # How the names of those parameters of a block begin that `condition` and `hear` read; `forward` reads the rest.
 PARTS = {
-    "condition": ("cross_attn.k", "cross_attn.v", "cross_attn.norm_k"),
+    "condition": ("cross_attn.k", "cross_attn.v", "cross_attn.norm"),
     "hear": ("audio_cross_attn.kv_linear",),
 }
 
@@ -120,8 +120,7 @@ def _is_like(value: Any, released: Any) -> bool:
 class Context:
     """What stays the same in a session: for every block, the prompt's and the picture's keys and values."""
 
-    text: tuple[PromptKeys, ...]
-    image: tuple[KeyValue, ...]  # [B, image tokens, heads, head_dim] each
+    blocks: tuple[CrossKeys, ...]
 
 
 @dataclass(frozen=True)
@@ -198,11 +197,8 @@ class DiT(nn.Module):
         text = F.pad(text, (0, 0, 0, min(1, empty)))
         text = self.text_embedding(text).expand(image.shape[0], -1, -1)
         image = self.img_emb(image.to(self.dtype))
-        keys = [
-            (block.cross_attn.keys_of_text(text, max(1, empty)), block.cross_attn.keys_of_image(image))
-            for block in self._each_block("condition")
-        ]
-        return Context(text=tuple(key for key, _ in keys), image=tuple(key for _, key in keys))
+        blocks = self._each_block("condition")
+        return Context(tuple(block.cross_attn.keys(text, max(1, empty), image) for block in blocks))
 
     def hear(self, windows: Tensor) -> AudioContext:
         """Speech features -> every block's keys and values for every latent frame.
@@ -229,7 +225,8 @@ class DiT(nn.Module):
         """
         tokens, grid = self._patchify(torch.cat([x, y], dim=1))
         length = tokens.shape[1]
-        e, modulation = self._embed_time(t)
+        ops = PLAIN if self.compiled else token_ops(tokens)
+        e, modulation = self._embed_time(t, ops)
         rotation = rotation_table(grid, self.params.head_dim, tokens.device)
         layout = Layout(
             rotation=par.shard(rotation, 0),
@@ -238,19 +235,14 @@ class DiT(nn.Module):
             length=length,
             par=par,
             kernel=self.kernel,
-            ops=PLAIN if self.compiled else token_ops(tokens),
+            ops=ops,
         )
 
         tokens = par.shard(tokens, 1)
-        for block, text, image, heard in zip(
-            self._each_block("forward"), context.text, context.image, audio.blocks, strict=True
-        ):
-            if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(
-                    block, tokens, modulation, text, image, heard, layout, use_reentrant=False
-                )
-            else:
-                tokens = block(tokens, modulation, text, image, heard, layout)
+        for block, keys, heard in zip(self._each_block("forward"), context.blocks, audio.blocks, strict=True):
+            given = tokens, modulation, keys, heard, layout
+            recompute = self.recompute and torch.is_grad_enabled()
+            tokens = checkpoint(block, *given, use_reentrant=False) if recompute else block(*given)
         tokens = par.gather(self.head(tokens, e, layout.ops), 1, length)
         return self._unpatchify(tokens, grid).float()
 
@@ -281,15 +273,15 @@ class DiT(nn.Module):
         (t, h, w), (p, q, r) = grid, self.params.patch_size
         return rearrange(tokens, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
-    def _embed_time(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _embed_time(self, t: Tensor, ops: TokenOps = PLAIN) -> tuple[Tensor, Tensor]:
         """t [B] -> e [B, dim] for the head and [B, 6, dim] for the blocks, float32."""
         half = self.params.freq_dim // 2
         frequencies = TIME_BASE ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
         angles = t.double()[:, None] * frequencies
         e = torch.cat([angles.cos(), angles.sin()], dim=1).float()
-        e = _linear_float32(self.time_embedding[0], e)
-        e = _linear_float32(self.time_embedding[2], F.silu(e))
-        modulation = _linear_float32(self.time_projection[1], F.silu(e))
+        e = ops.linear_float32(self.time_embedding[0], e)
+        e = ops.linear_float32(self.time_embedding[2], F.silu(e))
+        modulation = ops.linear_float32(self.time_projection[1], F.silu(e))
         return e, rearrange(modulation, "b (six d) -> b six d", six=6)
 
 
@@ -309,31 +301,27 @@ class Block(nn.Module):
 
     def arrange(self, eight_bits: Collection[str]) -> None:
         """Make loaded weights ready: what has these names in eight bits, and q, k, v in one piece of memory."""
-        self.self_attn.bounds = None
+        self.self_attn.bounds = self.audio_cross_attn.bounds = None
         self.audio_cross_attn.eight_bits = SPEECH in eight_bits
         to_eight_bits(self, (name for name in eight_bits if name != SPEECH))
         lay_together([self.self_attn.q, self.self_attn.k, self.self_attn.v])
 
-    def forward(
-        self, x: Tensor, modulation: Tensor, text: KeyValue, image: KeyValue, audio: Heard, layout: Layout
-    ) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor, keys: CrossKeys, audio: Heard, layout: Layout) -> Tensor:
         """Tokens held here [B, n, dim] -> the same; modulation: float32 [B, 6, dim] of the time."""
         ops, eps = layout.ops, self.eps
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (self.modulation.float() + modulation).chunk(
-            6, 1
-        )
+        vectors, reach = ops.modulate(self.modulation, modulation, reach=layout.kernel.eight_bits)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors.chunk(6, 1)
         small = in_eight_bits  # of the layer that a norm or a GELU feeds
-        y = ops.norm(x, 1 + scale_1, shift_1, eps, quantise=small(self.self_attn.q))
-        reach = longest_token(1 + scale_1, shift_1) if layout.kernel.eight_bits else None
+        y = ops.norm(x, scale_1, shift_1, eps, quantise=small(self.self_attn.q))
         y = self.self_attn(y, layout, reach)
         x, y = ops.add_norm(
             x, y, gate_1, self.norm3.weight, self.norm3.bias, eps, quantise=small(self.cross_attn.q)
         )
-        y = self.cross_attn(y, text, image, layout)
+        y = self.cross_attn(y, keys, layout)
         heard = self.audio_cross_attn.eight_bits
         x, y = ops.add_norm(x, y, None, self.norm_x.weight, self.norm_x.bias, eps, quantise=heard)
         y = self.audio_cross_attn(y, audio, layout)
-        x, y = ops.add_norm(x, y, None, 1 + scale_2, shift_2, eps, quantise=small(self.ffn[0]))
+        x, y = ops.add_norm(x, y, None, scale_2, shift_2, eps, quantise=small(self.ffn[0]))
         y = self.ffn[2](ops.gelu(self.ffn[0], y, quantise=small(self.ffn[2])))
         return ops.add(x, y, gate_2)
 
@@ -380,7 +368,7 @@ class SelfAttention(nn.Module):
         out = exchange.attend(layout.kernel, q, k, v, scales)
         if out.ndim == 4 and not in_eight_bits(self.o):
             out = ops.place(out, out.new_empty(given.shape))
-        return _out(self.o, out, ops=ops)
+        return self.o(ops.rows(out) if in_eight_bits(self.o) else out)
 
     def _size(self, x: Tensor, layout: Layout, *, eight_bits: bool) -> Size:
         videos, tokens, dim = x.shape
@@ -410,22 +398,32 @@ class CrossAttention(nn.Module):
         self.v_img = nn.Linear(p.dim, p.dim)
         self.norm_k_img = RMSNorm(p.dim, p.eps)
 
-    def keys_of_text(self, text: Tensor, times: int) -> PromptKeys:
-        """Embedded text rows [B, rows, dim], of which the last stands for so many -> keys and values."""
-        k, v = self.norm_k(self.k(text)), self.v(text)
-        return PromptKeys(_heads(k, self.num_heads), _heads(v, self.num_heads), times)
+    def keys(self, text: Tensor, times: int, image: Tensor) -> CrossKeys:
+        """Embedded text rows [B, rows, dim], of which the last stands for so many, and picture tokens [B, n, dim].
 
-    def keys_of_image(self, image: Tensor) -> KeyValue:
-        """Embedded picture tokens [B, n, dim] -> keys and values."""
-        return KeyValue(
-            _heads(self.norm_k_img(self.k_img(image)), self.num_heads),
-            _heads(self.v_img(image), self.num_heads),
+        The weight of the queries' norm goes with the keys, which are few.
+        """
+        values, seen = self.v(text), self.v_img(image)
+        with torch.no_grad():
+            scale = (values.abs().amax((1, 2)) + seen.abs().amax((1, 2))).float() / LARGEST
+        weight = self.norm_q.weight
+
+        def heads(x: Tensor) -> Tensor:
+            return rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)
+
+        said = PromptKeys(heads(self.norm_k(self.k(text)) * weight), heads(values), times)
+        return CrossKeys(
+            said, KeyValue(heads(self.norm_k_img(self.k_img(image)) * weight), heads(seen)), scale
         )
 
-    def forward(self, x: Tensor | Rows, text: PromptKeys, image: KeyValue, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor | Rows, keys: CrossKeys, layout: Layout) -> Tensor:
         """[B, n, dim] -> [B, n, dim]."""
-        q = _heads(layout.ops.rms_norm(self.q(x), self.norm_q.weight, self.norm_q.eps), self.num_heads)
-        return _out(self.o, layout.ops.cross_attention(q, text, image, layout.kernel), layout.ops)
+        q = rearrange(self.q(x), "b n (h d) -> b n h d", h=self.num_heads)
+        return self.o(
+            layout.ops.cross_attention(
+                q, self.norm_q.eps, keys, layout.kernel, quantise=in_eight_bits(self.o)
+            )
+        )
 
 
 class Head(nn.Module):
@@ -478,23 +476,3 @@ def _modulation(n: int, dim: int) -> nn.Parameter:
     """n vectors of standard deviation 1 / sqrt(dim); uniform, since normal_ on the meta device loads a compiler."""
     bound = math.sqrt(3 / dim)
     return nn.Parameter(torch.empty(1, n, dim).uniform_(-bound, bound))
-
-
-def longest_token(weight: Tensor, bias: Tensor) -> Tensor:
-    """What no row of LayerNorm(x) * weight + bias is longer than: weight and bias [B, 1, dim], result [B]."""
-    stretched = weight.shape[-1] ** 0.5 * weight.abs().amax((1, 2))
-    return stretched + torch.linalg.vector_norm(bias, dim=(1, 2))
-
-
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    return rearrange(x, "b n (h d) -> b n h d", h=num_heads)
-
-
-def _out(layer: nn.Module, x: Tensor, ops: TokenOps) -> Tensor:
-    """What attention gave [B, n, dim] through its last layer: [B, n, dim]."""
-    return layer(ops.rows(x) if in_eight_bits(layer) else x)
-
-
-def _linear_float32(layer: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Linear)
-    return F.linear(x, layer.weight.float(), layer.bias.float())

@@ -42,6 +42,15 @@ def quantise_rows(x: Tensor) -> Rows:
     return Rows((x / scales).to(torch.float8_e4m3fn), scales)
 
 
+def rows_under(x: Tensor, scales: Tensor) -> Rows:
+    """The nearest e4m3 numbers of each row of x [..., n, dim] under scales that are given, float32 [..., n, 1].
+
+    What is too large becomes the largest number.
+    """
+    values = (x.float() / scales.clamp_min(SMALLEST_PEAK)).clamp(-LARGEST, LARGEST)
+    return Rows(values.to(torch.float8_e4m3fn).contiguous(), scales.contiguous())
+
+
 class Fp8Linear(nn.Module):
     """A linear layer's weight in e4m3 [out, in] with a scale a row, float32 [out, 1]; no gradients.
 

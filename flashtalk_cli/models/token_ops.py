@@ -19,9 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
+from flashtalk_cli.models.attention import AttentionKernel, CrossKeys, KeyValue, PromptKeys
 from flashtalk_cli.models.attention_fp8 import to_e4m3
-from flashtalk_cli.models.fp8 import LARGEST, Rows, quantise_rows
+from flashtalk_cli.models.fp8 import LARGEST, Rows, quantise_rows, rows_under
 from flashtalk_cli.models.rope import rotate
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -29,6 +29,23 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 class TokenOps:
     """Plain code."""
+
+    def linear_float32(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What a linear layer makes of x, float32 [B, in], multiplied in float32 whatever its weights are: [B, out]."""
+        assert isinstance(layer, nn.Linear)
+        return F.linear(x, layer.weight.float(), layer.bias.float())
+
+    def modulate(self, own: Tensor, time: Tensor, *, reach: bool = False) -> tuple[Tensor, Tensor | None]:
+        """A block's own vectors [1, 6, dim] and the time's, float32 [B, 6, dim], summed: float32 [B, 6, dim].
+
+        They are shift, scale and gate of one norm and then of another; what comes of a scale is one more, since
+        it multiplies by that. With `reach` also how long a row of LayerNorm(x) * scale + shift, of the first norm, can
+        be: float32 [B].
+        """
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = (own.float() + time).chunk(6, 1)
+        scale_1, scale_2 = 1 + scale_1, 1 + scale_2
+        out = torch.cat([shift_1, scale_1, gate_1, shift_2, scale_2, gate_2], 1)
+        return out, longest_token(scale_1, shift_1) if reach else None
 
     def norm(
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, quantise: bool = False
@@ -102,25 +119,36 @@ class TokenOps:
         return quantise_rows(x.flatten(2))
 
     def cross_attention(
-        self, q: Tensor, text: PromptKeys, image: KeyValue, kernel: AttentionKernel
-    ) -> Tensor:
-        """To the prompt, and apart from that to the picture, summed: [B, n, heads, head_dim] to [B, n, dim]."""
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            return _cross_products(q, text, image)
-        return (kernel(q, *text.each()) + kernel(q, *image)).flatten(2)
+        self, q: Tensor, eps: float, keys: CrossKeys, kernel: AttentionKernel, *, quantise: bool = False
+    ) -> Tensor | Rows:
+        """To the prompt, and apart from that to the picture, summed: [B, n, heads, head_dim] to [B, n, dim].
 
-    def fold(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, columns_first: bool = False
-    ) -> Tensor:
+        Queries come as they are, and count as over the root of their mean square over all heads. With `quantise` in
+        eight bits under the keys' scale.
+        """
+        q = _rms_norm(q.flatten(2), None, eps).to(q.dtype).view(q.shape)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            out = _cross_products(q, keys.text, keys.image)
+        else:
+            out = (kernel(q, *keys.text.each()) + kernel(q, *keys.image)).flatten(2)
+        return rows_under(out, keys.scale[:, None, None].expand(*out.shape[:2], 1)) if quantise else out
+
+    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Each head of x [f, n, heads, head_dim] times its weight [heads, head_dim, dim]: [f, heads n, dim].
 
-        The bias [dim] is dealt out to the heads. With `columns_first` it is [f, dim, heads n].
+        The bias [dim] is dealt out to the heads.
         """
         heads = torch.bmm(rearrange(x, "f n h d -> h (f n) d"), weight)
         folded = rearrange(heads, "h (f n) c -> f (h n) c", f=len(x))
-        if bias is not None:
-            folded = folded + bias / len(weight)
-        return folded.mT.contiguous() if columns_first else folded
+        return folded if bias is None else folded + bias / len(weight)
+
+    def fold_keys(self, x: Tensor, weight: Tensor, scales: Tensor) -> Rows:
+        """`fold` in eight bits, each row under a scale that is given: float32 [f, heads n, 1]."""
+        return rows_under(self.fold(x, weight), scales)
+
+    def fold_values(self, x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor) -> Rows:
+        """`fold` in eight bits, [f, dim, heads n], each channel under a scale that is given: float32 [dim]."""
+        return rows_under(self.fold(x, weight, bias).mT, scales[:, None].expand(len(x), -1, 1))
 
     def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:
         """softmax((scores + bias) * scale) over each head's keys: scores [f, s, heads n], bias [f, heads, n].
@@ -158,13 +186,20 @@ def _cross_products(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
     return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def longest_token(weight: Tensor, bias: Tensor) -> Tensor:
+    """What no row of LayerNorm(x) * weight + bias is longer than: weight and bias [B, 1, dim], result [B]."""
+    stretched = weight.shape[-1] ** 0.5 * weight.abs().amax((1, 2))
+    return stretched + torch.linalg.vector_norm(bias, dim=(1, 2))
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.rms_norm(x.float(), weight.shape, weight.float(), eps)
+        return F.rms_norm(x.float(), x.shape[-1:], None if weight is None else weight.float(), eps)
     # What F.rms_norm is made of on a CPU, in fewer passes over memory.
     x = x.to(torch.float32, copy=True)
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return x.mul_(mean_square.add_(eps).rsqrt_()).mul_(weight.float())
+    x.mul_(mean_square.add_(eps).rsqrt_())
+    return x if weight is None else x.mul_(weight.float())
 
 
 def _linear_gelu_fits(layer: nn.Module, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from flashtalk_cli.models import fp8, rope, vae_blocks
 from flashtalk_cli.models.attention import (
     KERNEL_NAMES,
     ROUNDING,
+    CrossKeys,
     KeyValue,
     PromptKeys,
     choose_kernel,
@@ -118,17 +119,18 @@ def launches(bench: Bench) -> None:
                 figures[name] = milliseconds(run, repeats=7)
         bench.report.add(f"pieces of {piece}, {warps} warps", **figures)
     weight, scales = draw(p.dim), torch.ones(1, p.num_heads, device=DEVICE)
-    for taken, numbers, warps, registers, stages in (
-        (8, 8192, 8, 128, 2),
-        (8, 8192, 8, 128, 1),
-        (8, 8192, 8, 80, 2),
-        (8, 16384, 8, 255, 2),
-        (16, 8192, 8, 128, 2),
-        (16, 8192, 4, 255, 2),
-        (4, 8192, 8, 128, 2),
-        (8, 4096, 4, 128, 2),
+    for tokens, taken, warps, stages, programs, registers in (
+        (2, 32, 4, 3, 3, 168),
+        (2, 32, 4, 2, 3, 168),
+        (2, 32, 4, 3, 2, 255),
+        (2, 32, 4, 2, 4, 128),
+        (2, 16, 4, 3, 3, 168),
+        (2, 8, 4, 3, 3, 168),
+        (1, 32, 4, 3, 3, 168),
+        (4, 32, 8, 2, 2, 128),
     ):
-        cut = dict(HEADS=taken, NUMBERS={2: numbers}, WARPS=warps, REGISTERS=registers, STAGES=stages)
+        cut = dict(TOKENS=tokens, TURNED_HEADS={2: taken}, TURNED_WARPS=warps, STAGES={2: stages},
+                   PROGRAMS=programs, REGISTERS=registers)  # fmt: skip
 
         def measure(cut: dict[str, Any] = cut) -> None:
             def run() -> Tensor:
@@ -174,10 +176,13 @@ def attentions(bench: Bench) -> None:
                           4e-12 * TOKENS * given[1].shape[1] * p.dim)  # fmt: skip
     said = PromptKeys(text[:, :64], text[:, :64], p.text_len - 63)
     seen, auto = KeyValue(image, image), choose_kernel("auto", DEVICE, BF16)
+    keys = CrossKeys(said, seen, torch.full((1,), 1 / 50, device=DEVICE))
     tflop = 4e-12 * TOKENS * (p.text_len + 257) * p.dim
-    for name, ops in (("apart", PLAIN), ("fused", FUSED)):
-        bench.product(f"attention to prompt and picture, {name}",
-                      lambda ops=ops: ops.cross_attention(q, said, seen, auto), tflop)  # fmt: skip
+    for quantise in (False, True):
+        for name, ops in (("apart", PLAIN), ("fused", FUSED)):
+            bench.product(f"attention to prompt and picture, {name}" + ", to e4m3" * quantise,
+                          lambda ops=ops, e4m3=quantise: ops.cross_attention(q, p.eps, keys, auto, quantise=e4m3),
+                          tflop)  # fmt: skip
     layer, x = AudioCrossAttention(p).to(DEVICE, BF16), draw(1, TOKENS, p.dim)
     heard = layer.keys(draw(1, LATENTS, p.context_tokens, p.output_dim))
     table = rope.rotation_table((LATENTS, H // 2, W // 2), p.head_dim, DEVICE)

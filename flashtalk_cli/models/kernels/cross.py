@@ -1,5 +1,9 @@
 """Attention to the prompt and to the picture, summed: few keys, and queries read once for both.
 
+Queries come as a product left them, and not normed: a token's scores are divided by what its queries would be, one
+number for all heads, and no normed queries are written. In eight bits the result is written under a scale that the
+values give beforehand, since no mean of them is larger than they are.
+
 A library's kernel takes one set of keys, and pads 257 of them to 352. It also takes every empty row of a prompt
 by itself, of which there are hundreds: here they are one key that counts so many times (see PromptKeys).
 
@@ -18,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from flashtalk_cli.models.attention import KeyValue, PromptKeys
+from flashtalk_cli.models.attention import CrossKeys
+from flashtalk_cli.models.fp8 import LARGEST, SMALLEST_PEAK, Rows
+from flashtalk_cli.models.kernels.rows import inverse_rms
 
 # By bytes a number: tokens of a program, and keys that it takes at once. In float32 no tensor core multiplies, and
 # the larger tiles would need 7 kB a thread beyond its registers.
@@ -46,7 +52,10 @@ def _attend(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """softmax(q k^T scale, and `last` on the last key, as powers of two) v: float32 [TOKENS, WIDE]."""
+    """softmax(q k^T scale, and `last` on the last key, as powers of two) v: float32 [TOKENS, WIDE].
+
+    scale: of each token.
+    """
     channel = tl.arange(0, WIDE)
     peak = tl.full((TOKENS,), float("-inf"), tl.float32)
     total = tl.zeros((TOKENS,), tl.float32)
@@ -55,7 +64,7 @@ def _attend(  # type: ignore[no-untyped-def]
         key = first + tl.arange(0, KEYS)
         there = (key < n_keys)[:, None] & (channel < WIDTH)[None, :]
         k = tl.load(keys + key[:, None] * key_step + channel[None, :], there, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale[:, None]
         score += tl.where(key == n_keys - 1, last, 0.0)[None, :]
         score = tl.where((key < n_keys)[None, :], score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
@@ -84,12 +93,17 @@ def _cross(  # type: ignore[no-untyped-def]
     text_v_steps,
     image_k_steps,
     image_v_steps,
+    norms,
     scale,
     last,
+    out_scale,
     WIDTH: tl.constexpr,
     WIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
     """Tokens of a head. Steps go from a video, a token and a head to the next. Grid (tokens, heads, videos)."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -97,6 +111,7 @@ def _cross(  # type: ignore[no-untyped-def]
     there = (token < n_tokens)[:, None] & (channel < WIDTH)[None, :]
     at = video * x_steps[0] + head * x_steps[2] + token[:, None] * x_steps[1] + channel[None, :]
     q = tl.load(x + at, there, other=0.0)
+    scale *= tl.load(norms + video * n_tokens + token, token < n_tokens, other=0.0)
     text_k += video * text_k_steps[0] + head * text_k_steps[2]
     text_v += video * text_v_steps[0] + head * text_v_steps[2]
     image_k += video * image_k_steps[0] + head * image_k_steps[2]
@@ -119,7 +134,19 @@ def _cross(  # type: ignore[no-untyped-def]
         KEYS,
     )
     to = ((video * n_tokens + token) * tl.num_programs(1) + head)[:, None] * WIDTH + channel[None, :]
-    tl.store(out + to, (said + seen).to(out.dtype.element_ty), there)
+    value = _quantised(said + seen, out_scale, video, QUANTISE, LARGEST, SMALLEST)
+    tl.store(out + to, value.to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def _quantised(  # type: ignore[no-untyped-def]
+    value, scale, video, QUANTISE: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr
+):
+    """Over the video's scale, where it is to be e4m3."""
+    if QUANTISE:
+        inverse = 1 / tl.maximum(tl.load(scale + video), SMALLEST)
+        value = tl.clamp(value * inverse, -LARGEST, LARGEST)
+    return value
 
 
 @triton.jit
@@ -143,7 +170,7 @@ def _hold(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _seen(q, ks, vs, n_keys, scale, PIECE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """softmax(q k^T scale) v of pieces of keys and values: float32 [tokens, WIDE]."""
+    """softmax(q k^T scale) v of pieces of keys and values, a scale a token: float32 [tokens, WIDE]."""
     for index in tl.static_range(len(ks)):
         score = tl.dot(q, tl.trans(ks[index]), input_precision="ieee")
         if index == len(ks) - 1:
@@ -151,12 +178,12 @@ def _seen(q, ks, vs, n_keys, scale, PIECE: tl.constexpr):  # type: ignore[no-unt
             score = tl.where((key < n_keys)[None, :], score, float("-inf"))
         if index == 0:
             peak = tl.max(score, 1) * scale
-            weight = tl.exp2(score * scale - peak[:, None])
+            weight = tl.exp2(score * scale[:, None] - peak[:, None])
             total = tl.sum(weight, 1)
             out = tl.dot(weight.to(vs[0].dtype), vs[0], input_precision="ieee")
         else:
             higher = tl.maximum(peak, tl.max(score, 1) * scale)
-            weight = tl.exp2(score * scale - higher[:, None])
+            weight = tl.exp2(score * scale[:, None] - higher[:, None])
             kept = tl.exp2(peak - higher)
             total = total * kept + tl.sum(weight, 1)
             out = tl.dot(weight.to(vs[0].dtype), vs[index], out * kept[:, None], input_precision="ieee")
@@ -171,7 +198,7 @@ def _said(q, ks, vs, out, n_keys, scale, last, PIECE: tl.constexpr):  # type: ig
     for index in tl.static_range(len(ks)):
         key = index * PIECE + tl.arange(0, ks[index].shape[0])
         owed = tl.where(key == n_keys - 1, last, tl.where(key < n_keys, 0.0, float("-inf")))
-        score = tl.dot(q, tl.trans(ks[index]), input_precision="ieee") * scale + owed[None, :]
+        score = tl.dot(q, tl.trans(ks[index]), input_precision="ieee") * scale[:, None] + owed[None, :]
         scores = scores + (score,)  # type: ignore[assignment]  # noqa: RUF005
     peak = tl.max(scores[0], 1)  # type: ignore[misc]
     for index in tl.static_range(1, len(scores)):
@@ -201,10 +228,13 @@ def _cross_held(  # type: ignore[no-untyped-def]
     text_rest_v,
     image_rest_k,
     image_rest_v,
+    norms,
+    n_tokens,
     n_text,
     n_image,
     scale,
     last,
+    out_scale,
     heads,
     blocks,
     run,
@@ -215,6 +245,9 @@ def _cross_held(  # type: ignore[no-untyped-def]
     TEXT_REST: tl.constexpr,
     PIECES: tl.constexpr,
     REST: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
     """`run` blocks of tokens, all of a head before those of the next. Grid (runs, videos).
 
@@ -231,44 +264,51 @@ def _cross_held(  # type: ignore[no-untyped-def]
         stop = tl.minimum(end - head * blocks, blocks)
         for block in range(start, stop):
             q = _load(x, video, block * TOKENS, head, TOKENS, WIDE)
-            value = _seen(q, seen_k, seen_v, n_image, scale, PIECE)
-            value = _said(q, said_k, said_v, value, n_text, scale, last, PIECE)
-            done = tl.reshape(value.to(q.dtype), (1, 1, TOKENS, WIDE))
+            token = block * TOKENS + tl.arange(0, TOKENS)
+            normed = scale * tl.load(norms + video * n_tokens + token, token < n_tokens, other=0.0)
+            value = _seen(q, seen_k, seen_v, n_image, normed, PIECE)
+            value = _said(q, said_k, said_v, value, n_text, normed, last, PIECE)
+            value = _quantised(value, out_scale, video, QUANTISE, LARGEST, SMALLEST)
+            done = tl.reshape(value.to(out.dtype), (1, 1, TOKENS, WIDE))
             out.store([video, head, block * TOKENS, 0], done)
 
 
-def attention(q: Tensor, text: PromptKeys, image: KeyValue) -> Tensor:
-    """Of q [B, n, heads, head_dim], of any strides but the last: [B, n, heads * head_dim]."""
+def attention(q: Tensor, eps: float, keys: CrossKeys, quantise: bool) -> Tensor | Rows:
+    """Of q [B, n, heads, head_dim], of any strides but the last: [B, n, heads * head_dim]; see `TokenOps`."""
     videos, n_tokens, heads, width = q.shape
-    given = (q, text.k, text.v, *image)
+    given = (q, keys.text.k, keys.text.v, *keys.image)
     assert all(x.stride(3) == 1 for x in given), [x.stride() for x in given]
-    out = torch.empty(videos, n_tokens, heads * width, dtype=q.dtype, device=q.device)
-    if _attention_held(q, text, image, out):
-        return out
-    tokens, keys = TILES[q.element_size()]
-    _cross[(triton.cdiv(n_tokens, tokens), heads, videos)](
-        *given,
-        out,
-        *(n_tokens, text.k.shape[1], image.k.shape[1]),
-        *(x.stride()[:3] for x in given),
-        *(width**-0.5 * math.log2(math.e), math.log2(text.times)),
-        *(width, padded(width), tokens, keys),
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    dtype = torch.float8_e4m3fn if quantise else q.dtype
+    out = torch.empty(videos, n_tokens, heads * width, dtype=dtype, device=q.device)
+    norms = inverse_rms(q, eps)
+    if not _attention_held(q, norms, keys, out):
+        tokens, some = TILES[q.element_size()]
+        _cross[(triton.cdiv(n_tokens, tokens), heads, videos)](
+            *given,
+            out,
+            *(n_tokens, keys.text.k.shape[1], keys.image.k.shape[1]),
+            *(x.stride()[:3] for x in given),
+            *(norms, width**-0.5 * math.log2(math.e), math.log2(keys.text.times), keys.scale),
+            *(width, padded(width), tokens, some, quantise, LARGEST, SMALLEST_PEAK),
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
+    if quantise:
+        return Rows(out, keys.scale[:, None, None].expand(videos, n_tokens, 1).contiguous())
     return out
 
 
-def _attention_held(q: Tensor, text: PromptKeys, image: KeyValue, out: Tensor) -> bool:
+def _attention_held(q: Tensor, norms: Tensor, keys: CrossKeys, out: Tensor) -> bool:
     """The same where all keys of a head are held; whether they could be."""
     videos, n_tokens, heads, width = q.shape
+    text, image = keys.text, keys.image
     wide, lengths = padded(width), (text.k.shape[1], image.k.shape[1])
     pieces, rests = zip(*(_cut(n) for n in lengths), strict=True)
     used = (2 * (sum(pieces) * PIECE + sum(rests)) + HELD_TOKENS) * wide * q.itemsize
     given = (q, text.k, text.v, *image)
     starts = (x.data_ptr() for x in given)
-    steps = (n * q.itemsize for x in given for n in x.stride()[:3])
-    processors, room = _machine(q.device)
+    steps = (n * x.itemsize for x in (*given, out.view(q.shape)) for n in x.stride()[:3])
+    processors, room = machine(q.device)
     if (
         q.itemsize != 2
         or used > room - OWN
@@ -287,8 +327,10 @@ def _attention_held(q: Tensor, text: PromptKeys, image: KeyValue, out: Tensor) -
             for kv, rest in zip((text[:2], image), rests, strict=True)
             for x in kv
         ),
-        *(*lengths, width**-0.5 * math.log2(math.e), math.log2(text.times), heads, blocks, run),
+        *(norms, n_tokens, *lengths),
+        *(width**-0.5 * math.log2(math.e), math.log2(text.times), keys.scale, heads, blocks, run),
         *(wide, HELD_TOKENS, PIECE, pieces[0], rests[0], pieces[1], rests[1]),
+        *(out.dtype != q.dtype, LARGEST, SMALLEST_PEAK),
         num_warps=HELD_WARPS,
         num_stages=HELD_STAGES,
     )
@@ -312,7 +354,7 @@ def padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _machine(device: torch.device) -> tuple[int, int]:
+def machine(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, on each of which one such program runs, and the bytes of shared memory that it may have."""
     if device.type != "cuda":  # interpreted, or compiled only
         return HOPPER

@@ -1,8 +1,16 @@
 """Queries, keys and values in e4m3, under scales that are known before; see models/attention_fp8.py.
 
-A program takes some tokens, whole rows of them, and a tile of so many heads at a time: first for the rows'
-norms, then again, out of the second-level cache, to be normed, turned, mixed by the tensor cores and stored.
-What all programs that run at a time have read is 21 MB then, of 50 that the cache of a Hopper GPU holds.
+Queries and keys: a program stays on its multiprocessor and takes one block of tokens after another, whole rows of
+them. A block is in registers, from where it is squared, and then turned, mixed by the tensor cores and stored, tile
+of heads by tile; the next blocks come into shared memory meanwhile. So memory is read once, and never waits. What a
+row's norm divides by is asked for only where its numbers are stored.
+
+A matrix of signs of twice the size is [H, H; H, -H], here in the two numbers of a pair: what it leaves of a pair are
+its sum and its difference, either mixed with those of the other pairs by half the matrix. To turn a pair by other
+angles gives both at once, so it costs nothing, and halves the products and what they read.
+
+Bfloat16 stays that until the tensor cores add it up, since a thread computes two such numbers at once. What is
+rounded more often than in float32 is a tenth of what e4m3 rounds and makes the whole half a percent worse (measured).
 """
 
 from __future__ import annotations
@@ -14,20 +22,26 @@ from torch import Tensor
 
 from flashtalk_cli.models.attention_fp8 import hadamard
 from flashtalk_cli.models.fp8 import LARGEST
+from flashtalk_cli.models.kernels.cross import machine
 from flashtalk_cli.models.kernels.rows import _grouped
 
-HEADS = 8  # of a tile
-NUMBERS = {2: 8192, 4: 2048}  # of a tile, by bytes a number: in float32 no tensor core multiplies
-WARPS, REGISTERS = 8, 128  # so that two programs share a multiprocessor
-STAGES = 3  # two more tiles are fetched while one is worked on
+# Queries and keys: tokens of a block, few enough for the registers of four warps; and, by bytes a number, heads of a
+# tile, so many that each warp has rows of its own for the tensor cores, and blocks that are in registers or fetched.
+# In float32 no tensor core multiplies, and the tiles would need more than there is.
+TOKENS, TURNED_WARPS = 2, 4
+TURNED_HEADS, STAGES = {2: 32, 4: 8}, {2: 3, 4: 1}
+FEWEST = 8  # heads of a tile, for a product of tiles takes 16 rows
+PROGRAMS, REGISTERS = 3, 168  # of a multiprocessor, and of a thread where so many programs share it
+# Values: heads of a tile, and its numbers by bytes of one.
+HEADS, NUMBERS, WARPS = 8, {2: 8192, 4: 2048}, 8
 
 
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
     value,
+    inverse,
     first,
-    factor,
-    scales,
+    end,
     out,
     left,
     row_step,
@@ -36,22 +50,86 @@ def _store(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
+    WHOLE: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """A tile [heads from `first` on x tokens, channels], times factor over each head's scale, as e4m3.
+    """A tile [heads from `first` to before `end` x tokens, channels], each row times its `inverse`, as e4m3.
 
-    Heads lie in groups of GROUP, group_step apart. `left`: tokens that there are from the tile's first on.
+    Heads lie in groups of GROUP, group_step apart. `left`: tokens that there are from the tile's first on. WHOLE: a
+    tile has no heads and channels but those that there are.
     """
     row, channel = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
     head, token = first + row // TOKENS, row % TOKENS
-    inverse = factor / tl.load(scales + head, head < HEADS, other=1.0)
     value = tl.clamp(value.to(tl.float32) * inverse[:, None], -LARGEST, LARGEST)
     to = head * WIDTH
     if GROUP < HEADS:
         to = (head // GROUP).to(tl.int64) * group_step + head % GROUP * WIDTH
-    inside = ((head < HEADS) & (token < left))[:, None] & (channel < WIDTH)[None, :]
+    inside = (token < left)[:, None]
+    if not WHOLE:
+        inside = inside & (head < end)[:, None] & (channel < WIDTH)[None, :]
     at = (to + token * row_step)[:, None] + channel[None, :]
     tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _tiles(  # type: ignore[no-untyped-def]
+    x,
+    rows,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    TAKEN: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """Of rows that begin at x + rows, tiles [heads, rows, channels], with zeros for what is not there.
+
+    Each has TAKEN heads but for the first, which has what is left by those: it begins at FIRST, that is before 0.
+    """
+    channel, tiles = tl.arange(0, WIDE), ()
+    for first in tl.static_range(FIRST, HEADS, TAKEN):
+        head = max(first, 0) + tl.arange(0, TAKEN if first >= 0 else REST)
+        at = (head * WIDTH)[:, None, None] + rows[None, :, None] + channel[None, None, :]
+        if WHOLE:
+            tile = tl.load(x + at)
+        else:
+            inside = (head < first + TAKEN)[:, None, None] & (channel < WIDTH)[None, None, :]
+            tile = tl.load(x + at, inside, other=0.0)
+        tiles = tiles + (tile.to(TYPE),)  # type: ignore[assignment]  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def _squares(x, FEWEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of [heads, tokens, channels], added up over those heads that are in a thread together: of FEWEST at most."""
+    x = x * x
+    for _ in tl.static_range(2):
+        if x.shape[0] > FEWEST:
+            x = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1], x.shape[2]))
+            a, b = tl.split(tl.permute(x, (1, 2, 3, 0)))
+            x = a + b
+    return x
+
+
+@triton.jit
+def _turn(x, cos, sin, half, MIX: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pairs (2i, 2i + 1) of [heads, tokens, channels] turned, rounded, and with MIX mixed: [heads x tokens, channels].
+
+    With MIX cos and sin are the angle's sum and difference of both, and half that matrix for sums and for differences.
+    """
+    ROWS: tl.constexpr = x.shape[0] * x.shape[1]
+    PAIRS: tl.constexpr = x.shape[2] // 2
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], PAIRS, 2)))
+    if MIX:
+        more, less = (a * cos + b * sin).to(TYPE), (a * sin - b * cos).to(TYPE)
+        a = tl.dot(tl.reshape(more, (ROWS, PAIRS)), half, input_precision="ieee")
+        b = tl.dot(tl.reshape(less, (ROWS, PAIRS)), half, input_precision="ieee")
+        turned = tl.join(a, b)
+    else:
+        turned = tl.join(a * cos - b * sin, a * sin + b * cos).to(TYPE)
+    return tl.reshape(turned, (ROWS, 2 * PAIRS))
 
 
 @triton.jit
@@ -63,6 +141,7 @@ def _rms_rotate_heads(  # type: ignore[no-untyped-def]
     scales,
     out,
     n_tokens,
+    blocks,
     video_step,
     row_step,
     out_video_step,
@@ -76,47 +155,55 @@ def _rms_rotate_heads(  # type: ignore[no-untyped-def]
     OUT_GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
     TAKEN: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FEWEST: tl.constexpr,
     MIX: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    """RMS norm over the full width, pairs (2i, 2i + 1) turned, heads mixed, e4m3. Grid (blocks of tokens, videos)."""
-    video, begin = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * TOKENS
-    left = n_tokens - tl.program_id(0) * TOKENS
-    x += video * video_step + begin * row_step
-    out += video * out_video_step + begin * out_row_step
-    each, token, channel = tl.arange(0, TAKEN), tl.arange(0, TOKENS), tl.arange(0, WIDE)
-    there = (token < left)[None, :, None] & (channel < WIDTH)[None, None, :]
-    at = (each * WIDTH)[:, None, None] + (token * row_step)[None, :, None] + channel[None, None, :]
-    squares = tl.zeros((TAKEN, TOKENS, WIDE), tl.float32)
-    for tile in tl.static_range(0, HEADS, TAKEN):
-        some = there & (each < HEADS - tile)[:, None, None]
-        seen = tl.load(x + tile * WIDTH + at, some, other=0.0).to(tl.float32)
-        squares += seen * seen
-    norm = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / (HEADS * WIDTH) + eps)
-    # The angles of a token, for each head of a tile: so a thread has those of its numbers, with no exchange.
-    turns = (token * WIDTH)[None, :, None] + channel[None, None, :] + (each * 0)[:, None, None]
-    turn = tl.load(table + begin * WIDTH + turns, there & (each < TAKEN)[:, None, None], other=0.0)
-    turn *= norm[None, :, None]
-    cos, sin = tl.split(tl.reshape(turn, (TAKEN, TOKENS, WIDE // 2, 2)))
+    """RMS norm over the full width, pairs (2i, 2i + 1) turned, heads mixed, e4m3. Grid (programs, videos)."""
+    TYPE: tl.constexpr = x.dtype.element_ty
+    COMPUTED: tl.constexpr = TYPE if MIX and x.dtype.element_ty == tl.bfloat16 else tl.float32
+    video = tl.program_id(1).to(tl.int64)
+    x += video * video_step
+    out += video * out_video_step
+    scales += video * scale_step
+    token, channel, pair = tl.arange(0, TOKENS), tl.arange(0, WIDE), tl.arange(0, WIDE // 2)
+    half = None
     if MIX:
-        matrix = tl.load(signs + channel[:, None] * WIDE + channel[None, :])
-    weights = (each * WIDTH)[:, None, None] + channel[None, None, :]
-    for first in range(0, HEADS, TAKEN):
-        more = (each < HEADS - first)[:, None, None]
-        given = tl.load(x + first * WIDTH + at, there & more, other=0.0)
-        w = tl.load(weight + first * WIDTH + weights, more & (channel < WIDTH)[None, None, :], other=0.0)
-        value = given.to(tl.float32) * w.to(tl.float32)
-        a, b = tl.split(tl.reshape(value, (TAKEN, TOKENS, WIDE // 2, 2)))
-        turned = tl.join(a * cos - b * sin, a * sin + b * cos).to(given.dtype)
-        flat = tl.reshape(turned, (TAKEN * TOKENS, WIDE))
+        there = (pair < WIDTH // 2)[:, None] & (pair < WIDTH // 2)[None, :]
+        half = tl.load(signs + pair[:, None] * WIDTH + pair[None, :], there, other=0.0)
+    row = tl.zeros((1,), tl.int32)  # of weights there is one
+    weights, inverses = _tiles(weight, row, HEADS, WIDTH, WIDE, TAKEN, FIRST, REST, WHOLE, COMPUTED), ()
+    for tile in tl.static_range(len(weights)):
+        head = max(FIRST + tile * TAKEN, 0) + tl.arange(0, weights[tile].shape[0])
+        scale = tl.load(scales + head, head < HEADS, other=1.0)
+        inverses = inverses + ((WIDTH**-0.5 if MIX else 1.0) / scale,)  # type: ignore[assignment]  # noqa: RUF005
+    far = tl.full((), TOKENS, tl.int64)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        begin, left = block * far, n_tokens - block * TOKENS
+        here = tl.minimum(token, left - 1)  # where there is no token, the last once more
+        tiles = _tiles(
+            x + begin * row_step, here * row_step, HEADS, WIDTH, WIDE, TAKEN, FIRST, REST, WHOLE, COMPUTED
+        )
+        squares = _squares(tiles[0], FEWEST)
+        for tile in tl.static_range(1, len(tiles)):
+            squares += _squares(tiles[tile], FEWEST)
+        norm = tl.rsqrt(tl.sum(tl.sum(squares.to(tl.float32), 2), 0) / (HEADS * WIDTH) + eps)
+        at = (here * WIDTH)[None, :, None] + channel[None, None, :]
+        angle = tl.load(table + begin * WIDTH + at, (channel < WIDTH)[None, None, :], other=0.0)
+        cos, sin = tl.split(tl.reshape(angle, (1, TOKENS, WIDE // 2, 2)))
         if MIX:
-            mixed, factor = tl.dot(flat, matrix, input_precision="ieee"), WIDTH**-0.5
-        else:
-            mixed, factor = flat, 1.0
-        _store(
-            mixed, first, factor, scales + video * scale_step, out, left, out_row_step, out_group_step,
-            HEADS, WIDTH, OUT_GROUP, TOKENS, LARGEST,
-        )  # fmt: skip
+            cos, sin = cos + sin, cos - sin
+        cos, sin = cos.to(COMPUTED), sin.to(COMPUTED)
+        for tile in tl.static_range(len(tiles)):
+            value = _turn(tiles[tile] * weights[tile], cos, sin, half, MIX, TYPE)
+            inverse = tl.reshape(inverses[tile][:, None] * norm[None, :], (value.shape[0],))
+            _store(
+                value, inverse, max(FIRST + tile * TAKEN, 0), FIRST + (tile + 1) * TAKEN, out + begin * out_row_step,
+                left, out_row_step, out_group_step, HEADS, WIDTH, OUT_GROUP, TOKENS, WHOLE, LARGEST,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -148,9 +235,10 @@ def _place_heads(  # type: ignore[no-untyped-def]
     head, token = first + row // TOKENS, row % TOKENS
     inside = ((head < HEADS) & (token < left))[:, None] & (channel < WIDTH)[None, :]
     value = tl.load(x + (head * WIDTH + token * row_step)[:, None] + channel[None, :], inside, other=0.0)
+    inverse = 1.0 / tl.load(scales + video * scale_step + head, head < HEADS, other=1.0)
     _store(
-        value, first, 1.0, scales + video * scale_step, out, left, out_row_step, out_group_step,
-        HEADS, WIDTH, OUT_GROUP, TOKENS, LARGEST,
+        value, inverse, first, HEADS, out, left, out_row_step, out_group_step,
+        HEADS, WIDTH, OUT_GROUP, TOKENS, False, LARGEST,
     )  # fmt: skip
 
 
@@ -164,17 +252,25 @@ def rms_rotate(
     lie apart in all but the last.
     """
     videos, n_tokens, _ = x.shape
-    heads, width, (tokens, taken, wide) = _tiles(x, scales)
+    heads, width = _widths(x, scales)
     assert width % 2 == 0, width
     signs = hadamard(width, x.device, x.dtype)
     out = _room(x) if out is None else out
     steps = (*x.stride()[:2], *_grouped(out).steps)
-    _rms_rotate_heads[(triton.cdiv(n_tokens, tokens), videos)](
+    taken = TURNED_HEADS[x.itemsize]
+    wide = max(32, triton.next_power_of_2(width))  # a product adds up 16 pairs or more
+    over = heads % taken
+    rest = max(FEWEST, triton.next_power_of_2(over))
+    cut = (taken, over - taken if over else 0, rest, width == wide and over in (0, rest))
+    blocks, (processors, _) = triton.cdiv(n_tokens, TOKENS), machine(x.device)
+    programs = min(blocks, triton.cdiv(PROGRAMS * processors, videos))
+    _rms_rotate_heads[(programs, videos)](
         *(x, weight, table.contiguous(), signs, scales, out),
-        *(n_tokens, *steps, _scale_step(scales, videos), eps),
-        *(heads, width, wide, _grouped(out).width // width, tokens, taken, signs is not None, LARGEST),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        *(n_tokens, blocks, *steps, _scale_step(scales, videos), eps),
+        *(heads, width, wide, _grouped(out).width // width, TOKENS, *cut),
+        *(FEWEST, signs is not None, LARGEST),
+        num_warps=TURNED_WARPS,
+        num_stages=STAGES[x.itemsize],
         maxnreg=REGISTERS,
     )
     return out
@@ -183,7 +279,9 @@ def rms_rotate(
 def place(x: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     """Each head of x [B, n, dim] over its scale, float32 [B or 1, heads]; `out` as in `rms_rotate`."""
     videos, n_tokens, _ = x.shape
-    heads, width, (tokens, taken, wide) = _tiles(x, scales)
+    heads, width = _widths(x, scales)
+    wide, taken = triton.next_power_of_2(width), min(HEADS, triton.next_power_of_2(heads))
+    tokens = max(NUMBERS[x.itemsize] // wide, 16) // taken
     out = _room(x) if out is None else out
     steps = (*x.stride()[:2], *_grouped(out).steps)
     _place_heads[(triton.cdiv(n_tokens, tokens), triton.cdiv(heads, taken), videos)](
@@ -205,12 +303,9 @@ def _room(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
 
 
-def _tiles(x: Tensor, scales: Tensor) -> tuple[int, int, tuple[int, int, int]]:
-    """Heads, channels of one; and of a tile the tokens, heads and channels, all powers of two."""
+def _widths(x: Tensor, scales: Tensor) -> tuple[int, int]:
+    """Heads, and channels of one."""
     heads, dim = scales.shape[-1], x.shape[2]
     assert x.stride(2) == 1, x.stride()
     assert dim % heads == 0, (dim, heads)
-    wide = triton.next_power_of_2(dim // heads)
-    taken = min(HEADS, triton.next_power_of_2(heads))
-    rows = max(NUMBERS[x.itemsize] // wide, 16)  # which a tensor core asks for
-    return heads, dim // heads, (rows // taken, taken, wide)
+    return heads, dim // heads

@@ -6,14 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flashtalk_cli.models.attention import AttentionKernel, KeyValue, PromptKeys
+from flashtalk_cli.models.attention import AttentionKernel, CrossKeys
 from flashtalk_cli.models.fp8 import Rows
-from flashtalk_cli.models.kernels import cross, heads, rows, speech
+from flashtalk_cli.models.kernels import cross, heads, rows, speech, vectors
 from flashtalk_cli.models.token_ops import TokenOps
 
 
 class FusedOps(TokenOps):
     """One kernel each, for CUDA devices and without gradients."""
+
+    def linear_float32(self, layer: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
+        assert isinstance(layer, nn.Linear)
+        return vectors.linear(x, layer.weight, layer.bias)
+
+    def modulate(  # noqa: D102
+        self, own: Tensor, time: Tensor, *, reach: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return vectors.modulate(own, time, reach)
 
     def norm(  # noqa: D102
         self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, quantise: bool = False
@@ -70,14 +79,18 @@ class FusedOps(TokenOps):
         return rows.quantise_rows(x)
 
     def cross_attention(  # noqa: D102
-        self, q: Tensor, text: PromptKeys, image: KeyValue, kernel: AttentionKernel
-    ) -> Tensor:
-        return cross.attention(q, text, image)
+        self, q: Tensor, eps: float, keys: CrossKeys, kernel: AttentionKernel, *, quantise: bool = False
+    ) -> Tensor | Rows:
+        return cross.attention(q, eps, keys, quantise)
 
-    def fold(  # noqa: D102
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, columns_first: bool = False
-    ) -> Tensor:
-        return speech.fold(x, weight, bias, columns_first)
+    def fold(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: D102
+        return speech.fold(x, weight, bias)
+
+    def fold_keys(self, x: Tensor, weight: Tensor, scales: Tensor) -> Rows:  # noqa: D102
+        return speech.fold_keys(x, weight, scales)
+
+    def fold_values(self, x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor) -> Rows:  # noqa: D102
+        return speech.fold_values(x, weight, bias, scales)
 
     def softmax(self, scores: Tensor, bias: Tensor, scale: float) -> Tensor:  # noqa: D102
         return speech.softmax(scores, bias, scale)

@@ -180,6 +180,25 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _inverse_rms(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    n_rows,
+    video_step,
+    row_step,
+    group_step,
+    eps,
+    DIM: tl.constexpr,
+    PIECE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One over the root of a row's mean square. Grid (rows, videos)."""
+    video, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    values = _load(x + video * video_step + row * row_step, DIM, PIECE, GROUP, group_step)
+    tl.store(out + video * n_rows + row, tl.rsqrt(_mean_square(values, 0.0, DIM, PIECE) + eps))
+
+
+@triton.jit
 def _quantise(  # type: ignore[no-untyped-def]
     x,
     values,
@@ -266,6 +285,19 @@ def rms_rotate(
         *(eps, dim, piece, head_dim, given.width, to.width, weight is not None, table is not None),
         num_warps=warps,
     )
+    return out
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """One over the root of each row's mean square, of x [B, n, groups, channels of a group]: float32 [B, n].
+
+    x may lie apart in all but the last.
+    """
+    given, dim = _grouped(x), x.shape[2:].numel()
+    out = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    piece, warps = pieces(dim)
+    grid = (x.shape[1], x.shape[0])
+    _inverse_rms[grid](*(x, out, x.shape[1], *given.steps, eps, dim, piece, given.width), num_warps=warps)
     return out
 
 

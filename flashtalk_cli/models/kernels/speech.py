@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flashtalk_cli.models.fp8 import LARGEST, Rows
+from flashtalk_cli.models.fp8 import LARGEST, SMALLEST_PEAK, Rows
 from flashtalk_cli.models.kernels.cross import padded
 
 # Of a program that folds, by bytes a number: rows, of all frames, that it takes at once, and columns. Hopper's tensor
@@ -38,6 +38,7 @@ def _fold(  # type: ignore[no-untyped-def]
     out_row_step,
     out_column_step,
     dim,
+    scales,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -45,13 +46,22 @@ def _fold(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BIAS: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr,
 ):
-    """x [frames TOKENS, WIDTH] of a head times its weight [WIDTH, columns], which is read once. Grid (columns, heads)."""
+    """x [frames TOKENS, WIDTH] of a head times its weight [WIDTH, columns], which is read once. Grid (columns, heads).
+
+    QUANTISE: over the scale of its row, "rows", or of its column, "columns"; else "".
+    """
     head = tl.program_id(1)
     channel, column = tl.arange(0, WIDE), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = (channel < WIDTH)[:, None] & (column < dim)[None, :]
     within = channel[:, None] * weight_row_step + column[None, :] * weight_column_step
     w = tl.load(weight + head.to(tl.int64) * weight_head_step + within, there, other=0.0)
+    if QUANTISE == "columns":
+        under = tl.load(scales + column, column < dim, other=1.0)
+        inverse = 1 / tl.maximum(under, SMALLEST)
     x += head * head_step
     if BIAS:
         shift = tl.load(bias + column, column < dim, other=0.0).to(tl.float32) / HEADS
@@ -64,6 +74,11 @@ def _fold(  # type: ignore[no-untyped-def]
         value = tl.dot(tl.load(x + at, known, other=0.0), w, input_precision="ieee")
         if BIAS:
             value += shift[None, :]
+        if QUANTISE == "rows":
+            under = tl.load(scales + (frame * HEADS + head) * TOKENS + token, row < n_rows, other=1.0)
+            value = tl.clamp(value * (1 / tl.maximum(under, SMALLEST))[:, None], -LARGEST, LARGEST)
+        if QUANTISE == "columns":
+            value = tl.clamp(value * inverse[None, :], -LARGEST, LARGEST)
         to = frame.to(tl.int64) * (HEADS * TOKENS * dim) + (head * TOKENS + token) * out_row_step
         wanted = (row < n_rows)[:, None] & (column < dim)[None, :]
         to = to[:, None] + (column * out_column_step)[None, :]
@@ -99,21 +114,48 @@ def _softmax(  # type: ignore[no-untyped-def]
     tl.store(out + at, value.to(out.dtype.element_ty), there)
 
 
-def fold(x: Tensor, weight: Tensor, bias: Tensor | None, columns_first: bool = False) -> Tensor:
-    """x [f, n, heads, head_dim] times weight [heads, head_dim, dim], plus bias / heads: [f, heads n, dim].
+def fold(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [f, n, heads, head_dim] times weight [heads, head_dim, dim], plus bias / heads: [f, heads n, dim]."""
+    n_frames, n_tokens, heads, _ = x.shape
+    out = torch.empty(n_frames, heads * n_tokens, weight.shape[2], dtype=x.dtype, device=x.device)
+    return _folded(x, weight, bias, out, out.stride()[1:])
 
-    With `columns_first` [f, dim, heads n], as a product in eight bits reads it.
-    """
+
+def fold_keys(x: Tensor, weight: Tensor, scales: Tensor) -> Rows:
+    """The same in e4m3; see `TokenOps.fold_keys`."""
+    n_frames, n_tokens, heads, _ = x.shape
+    shape = (n_frames, heads * n_tokens, weight.shape[2])
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return Rows(_folded(x, weight, None, out, out.stride()[1:], scales, "rows"), scales)
+
+
+def fold_values(x: Tensor, weight: Tensor, bias: Tensor, scales: Tensor) -> Rows:
+    """The same in e4m3, [f, dim, heads n], as a product in eight bits reads it; see `TokenOps.fold_values`."""
+    n_frames, n_tokens, heads, _ = x.shape
+    shape = (n_frames, weight.shape[2], heads * n_tokens)
+    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=x.device)
+    _folded(x, weight, bias, out, out.stride()[:0:-1], scales, "columns")
+    return Rows(out, scales[:, None].expand(n_frames, -1, 1).contiguous())
+
+
+def _folded(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    steps: tuple[int, ...],
+    scales: Tensor | None = None,
+    quantise: str = "",
+) -> Tensor:
+    """Written to `out` by steps from a row and a column to the next, over scales where it is in eight bits."""
     n_frames, n_tokens, heads, width = x.shape
     dim = weight.shape[2]
     assert x.stride(3) == 1, x.stride()
-    shape = (n_frames, dim, heads * n_tokens) if columns_first else (n_frames, heads * n_tokens, dim)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    steps = out.stride()[:0:-1] if columns_first else out.stride()[1:]
     rows, columns = TILES[x.itemsize]
     _fold[(triton.cdiv(dim, columns), heads)](
-        *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), *steps),
-        *(dim, heads, n_tokens, width, padded(width), rows, columns, bias is not None),
+        *(x, weight, bias, out, n_frames, *x.stride()[:3], *weight.stride(), *steps, dim, scales),
+        *(heads, n_tokens, width, padded(width), rows, columns, bias is not None),
+        *(quantise, LARGEST, SMALLEST_PEAK),
         num_warps=WARPS,
         num_stages=STAGES,
     )
