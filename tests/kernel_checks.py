@@ -139,7 +139,6 @@ def test_norm_and_rotation(b: int, grid: tuple, heads: int, head_dim: int, dtype
         ours = FUSED.rms_rotate(x, weight, table, head_dim, EPS)
         assert ours.is_contiguous()
         assert_near(ours, PLAIN.rms_rotate(x, weight, table, head_dim, EPS))
-        assert_near(FUSED.rms_norm(x, weight, EPS), PLAIN.rms_norm(x, weight, EPS))
 
 
 @pytest.mark.parametrize(("b", "groups"), [(1, 2), (2, 3), (2, 1)])
@@ -257,7 +256,8 @@ def test_attention_to_prompt_and_picture(
         assert ours.values.shape == (2, tokens, heads * width)
         assert torch.equal(ours.scales, expected.scales)
         off = rounding * expected.in_float32().std() / scale
-        assert_near_e4m3(ours.values, expected.values, off[:, None, None], apart=0.3)
+        apart = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
+        assert_near_e4m3(ours.values, expected.values, off[:, None, None], apart)
         return
     assert ours.shape == (2, tokens, heads * width)
     assert_near(ours, expected.to(dtype), rounding)

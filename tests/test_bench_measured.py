@@ -4,7 +4,6 @@ them, so that a figure in README that no file has, or that another run has overt
 
     h200x*-*.json             reports of `flashtalk bench -o`, named by machine and number format
     h200x2-gpu-check.json     figures of `scripts/gpu-check ranks`: several GPUs against one
-    h200x1-gpu-speed.json     figures of `scripts/gpu-speed`: parts of a chunk on one GPU
     h200x1-offload.json       figures of `scripts/gpu-check offload`: one chunk
     h200x2-engines.json       what `scripts/gpu-check ranks xfuser` printed
 
@@ -162,14 +161,13 @@ def test_readme_quotes_what_offload_takes():
 
 
 def test_readme_quotes_how_far_gpu_counts_differ():
-    alone = json.loads((KEPT / "h200x1-gpu-speed.json").read_text())
     check = json.loads((KEPT / "h200x2-gpu-check.json").read_text())
     assert check["failed"] == []
     assert check["together"]["repeated"]
     assert check["graph"]["same"]
     assert check["graph-fp8"]["same"]
     difference, parity = check["together"]["difference"], check["parity"][0]
-    kernels = alone["dit"]["with attention cudnn"]["difference"]
+    kernels = check["alone"]["noise"]["velocity"]
     exchange = check["exchange"]
     quoted(
         f"| velocity of a step, 2 GPUs for 1 | {100 * difference['velocity']:.2f} % |",

@@ -8,6 +8,7 @@ import gc
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from dit_parts import SMALL, Inputs, random_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from flashtalk_cli import launch
 from flashtalk_cli.config import BenchJob, Preset, Speech
@@ -27,6 +29,7 @@ from flashtalk_cli.models.dit import PARTS, DiT, DitParams
 from flashtalk_cli.models.folder import find
 from flashtalk_cli.models.offload import CudaLane, Offload
 from flashtalk_cli.parallel.ranks import Ranks
+from flashtalk_cli.parallel.sequence import Sequence
 from flashtalk_cli.rendering import Worker
 
 NONSENSE = 0xFF  # as a float of any format, NaN
@@ -75,6 +78,28 @@ def test_the_model_computes_the_same_to_the_bit() -> None:
     dit.offload = Offload(dit.blocks, PARTS, LateLane())
     for _ in range(2):
         assert torch.equal(inputs.through(dit), expected)
+
+
+@torch.no_grad()
+def test_a_part_reads_its_own_weights_only() -> None:
+    """Contract: what a step or its preparation computes is the same with every other weight of the blocks destroyed."""
+    dit, inputs = random_dit(), Inputs.draw(SMALL)
+    context, audio = dit.condition(inputs.text, inputs.image), dit.hear(inputs.windows)
+
+    def only(part: str) -> DiT:
+        alone = deepcopy(dit)
+        for block in alone.blocks:
+            for name, weight in block.named_parameters():
+                if part != next((p for p, names in PARTS.items() if name.startswith(names)), "forward"):
+                    weight.fill_(torch.nan)
+        return alone
+
+    again = only("condition").condition(inputs.text, inputs.image), only("hear").hear(inputs.windows)
+    for found, expected in zip(again, (context, audio), strict=True):
+        pairs = zip(tree_leaves(found.blocks), tree_leaves(expected.blocks), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+    step = inputs.x, inputs.t, inputs.y, context, audio, Sequence()
+    assert torch.equal(only("forward")(*step), dit(*step))
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class Needs:
     host_offloaded: float = 0
 
 
-# By model, and whether in eight bits. The peak on one H200 was 44.2 GiB in bfloat16 and 35.7 in fp8 (`flashtalk bench`);
+# By model, and whether in eight bits. The peak on one H200 was 44.0 GiB in bfloat16 and 37.1 in fp8 (`flashtalk bench`);
 # the driver's own share is added. With --offload it was 12.1 GB (`scripts/gpu-check offload`), and the allocator
 # held up to 22.5 where there was room; the host's share is counted.
 NEEDS = {

@@ -71,7 +71,7 @@ class CrossKeys(NamedTuple):
     """What tokens attend to that stays the same in a session: the prompt, and apart from it the picture.
 
     Keys have the weight of the queries' norm multiplied in. scale: float32 [B], what the sum of both results is
-    divided by in eight bits; as a mean of values it is no larger than the largest of each.
+    divided by in eight bits: either is a mean of values, so the sum is no larger than that of their largest.
     """
 
     text: PromptKeys

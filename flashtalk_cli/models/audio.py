@@ -114,7 +114,7 @@ class FoldBounds(NamedTuple):
         return rearrange(lengths * self.keys, "f n h -> f (h n) 1").contiguous()
 
     def of_values(self, v: Tensor) -> Tensor:
-        """Scales of the channels that values [..., head_dim] become, one for all frames: float32 [dim]."""
+        """Scales of the channels that values [..., head_dim] become, one for all frames and videos: float32 [dim]."""
         longest = torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32).amax()
         return torch.addcmul(self.owed, longest, self.values)
 

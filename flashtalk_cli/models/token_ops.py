@@ -1,4 +1,4 @@
-"""What a block does to each token by itself, between its matrix products: norms, gates, rotation, GELU, few keys.
+"""What a block does between its large matrix products: norms, gates, rotation, GELU, few keys; and the time's vectors.
 
 `TokenOps` is plain code: it runs on any device, with gradients, and says what is meant. On a CUDA device
 and without gradients `token_ops` gives the same interface by fused kernels. It is asked once a step, by

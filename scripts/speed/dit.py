@@ -118,10 +118,9 @@ def main() -> int:
     x, y = (draw(1, channels, LATENTS, H, W, dtype=torch.float32) for channels in (16, 20))
     t = torch.full((1,), 750.0, device=DEVICE)
     exact: list[Tensor] = []
-    sequence: Sequence = UNDIVIDED
 
     def step(x: Tensor, t: Tensor) -> Tensor:
-        return dit(x, t, y, context, heard, sequence)
+        return dit(x, t, y, context, heard, UNDIVIDED)
 
     def timed(name: str, run: Step = step) -> None:
         out = run(x, t)
@@ -132,8 +131,8 @@ def main() -> int:
         peak_gib = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0
         report.add(name, step_ms=ms, difference=difference(out, exact[0]), peak_gib=peak_gib)
 
-    def traced(name: str) -> None:
-        events = trace(name, lambda: step(x, t))
+    def traced(name: str, run: Step = step) -> None:
+        events = trace(name, lambda: run(x, t))
         report.add(name, kernels=sum(n for _, n, _ in events), device_ms=sum(ms for *_, ms in events))
 
     def without(**what: bool) -> Callable[[str], None]:
@@ -165,17 +164,21 @@ def main() -> int:
         traced(name + ", trace")
 
     def attention_in_eight_bits(name: str) -> None:
-        nonlocal heard, sequence
         if (reason := why_absent("fa3-fp8", DEVICE, BF16)) is not None:
             report.add(name, absent=reason)
             return
         with mock.patch.object(dit, "kernel", choose_kernel("fa3-fp8", DEVICE, BF16)):
             timed(name)
             traced(name + ", trace")
-            sequence = FirstOfTwo()
-            heard = dit.fold(dit.hear(windows), sequence.span(LATENTS * H * W // 4), H * W // 4)
-            report.add(name + ", what each of two has", step_ms=milliseconds(lambda: step(x, t), repeats=5))
-            traced(name + ", what each of two has, trace")
+            first = FirstOfTwo()
+            half = dit.fold(dit.hear(windows), first.span(LATENTS * H * W // 4), H * W // 4)
+
+            def of_two(x: Tensor, t: Tensor) -> Tensor:
+                return dit(x, t, y, context, half, first)
+
+            ms = milliseconds(lambda: of_two(x, t), repeats=5)
+            report.add(name + ", what each of two has", step_ms=ms)
+            traced(name + ", what each of two has, trace", of_two)
 
     others = [k for k in KERNEL_NAMES if k != dit.kernel.name and why_absent(k, DEVICE, BF16) is None]
     parts: list[tuple[str, Callable[[str], None]]] = [

@@ -27,7 +27,7 @@ from flashtalk_cli.models.attention import (
     why_absent,
 )
 from flashtalk_cli.models.attention_fp8 import normed_scales, to_e4m3
-from flashtalk_cli.models.audio import AudioCrossAttention
+from flashtalk_cli.models.audio import AudioCrossAttention, FoldBounds
 from flashtalk_cli.models.dit import Layout
 from flashtalk_cli.models.kernels import frames, heads, rows
 from flashtalk_cli.models.kernels.ops import FUSED
@@ -94,6 +94,15 @@ def row_kernels(bench: Bench) -> None:
     bench.compare("v to e4m3", lambda: PLAIN.place(packed, None, scales),
                   lambda: FUSED.place(packed, None, scales), 1.5 * size)  # fmt: skip
     bench.compare("rows to e4m3", lambda: PLAIN.rows(x), lambda: FUSED.rows(x), 1.5 * size)
+    own, time = draw(1, 6, p.dim), draw(1, 6, p.dim, dtype=torch.float32)
+    bench.compare("modulation", lambda: PLAIN.modulate(own, time, reach=True),
+                  lambda: FUSED.modulate(own, time, reach=True), 10 * own.nbytes / 2e9)  # fmt: skip
+    embedding, e = (
+        torch.nn.Linear(p.dim, 6 * p.dim, device=DEVICE, dtype=BF16),
+        draw(1, p.dim, dtype=torch.float32),
+    )
+    bench.compare("time, the last of its layers", lambda: PLAIN.linear_float32(embedding, e),
+                  lambda: FUSED.linear_float32(embedding, e), embedding.weight.nbytes / 1e9)  # fmt: skip
     hidden, ident = draw(1, TOKENS, p.ffn_dim), torch.nn.Identity()
     bench.compare("GELU to e4m3", lambda: PLAIN.gelu(ident, hidden, quantise=True),
                   lambda: FUSED.gelu(ident, hidden, quantise=True), 1.5 * hidden.nbytes / 1e9)  # fmt: skip
@@ -174,7 +183,7 @@ def attentions(bench: Bench) -> None:
         for what, given in (("self", own), ("text", (q, text, text)), ("picture", (q, image, image))):
             bench.product(f"attention, {name}, {what}", lambda kernel=kernel, given=given: kernel(*given),
                           4e-12 * TOKENS * given[1].shape[1] * p.dim)  # fmt: skip
-    said = PromptKeys(text[:, :64], text[:, :64], p.text_len - 63)
+    said = PromptKeys(text[:, :64], text[:, :64], max(1, p.text_len - 63))
     seen, auto = KeyValue(image, image), choose_kernel("auto", DEVICE, BF16)
     keys = CrossKeys(said, seen, torch.full((1,), 1 / 50, device=DEVICE))
     tflop = 4e-12 * TOKENS * (p.text_len + 257) * p.dim
@@ -185,6 +194,15 @@ def attentions(bench: Bench) -> None:
                           tflop)  # fmt: skip
     layer, x = AudioCrossAttention(p).to(DEVICE, BF16), draw(1, TOKENS, p.dim)
     heard = layer.keys(draw(1, LATENTS, p.context_tokens, p.output_dim))
+    k, v = (kv.flatten(0, 1) for kv in heard)
+    w_q, w_o = (w.unflatten(0, (p.num_heads, -1)) for w in (layer.q_linear.weight, layer.proj.weight.T))
+    bounds, bias = FoldBounds.of(w_q, w_o, layer.proj.bias), layer.proj.bias
+    of_keys, of_values = bounds.of_keys(k), bounds.of_values(v)
+    size = (w_q.nbytes + k.nbytes + LATENTS * p.num_heads * p.context_tokens * p.dim) / 1e9
+    bench.compare("speech's keys folded to e4m3", lambda: PLAIN.fold_keys(k, w_q, of_keys),
+                  lambda: FUSED.fold_keys(k, w_q, of_keys), size)  # fmt: skip
+    bench.compare("speech's values folded to e4m3", lambda: PLAIN.fold_values(v, w_o, bias, of_values),
+                  lambda: FUSED.fold_values(v, w_o, bias, of_values), size)  # fmt: skip
     table = rope.rotation_table((LATENTS, H // 2, W // 2), p.head_dim, DEVICE)
     layout = Layout(
         table, TOKENS // LATENTS, (0, TOKENS), TOKENS, UNDIVIDED, choose_kernel("sdpa", DEVICE, BF16)

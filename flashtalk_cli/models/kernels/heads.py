@@ -30,10 +30,10 @@ from flashtalk_cli.models.kernels.rows import _grouped
 # In float32 no tensor core multiplies, and the tiles would need more than there is.
 TOKENS, TURNED_WARPS = 2, 4
 TURNED_HEADS, STAGES = {2: 32, 4: 8}, {2: 3, 4: 1}
-FEWEST = 8  # heads of a tile, for a product of tiles takes 16 rows
+FEWEST = 8  # heads of a tile, for a product of tiles takes 16 rows; and to how many squares are added up in a thread
 PROGRAMS, REGISTERS = 3, 168  # of a multiprocessor, and of a thread where so many programs share it
 # Values: heads of a tile, and its numbers by bytes of one.
-HEADS, NUMBERS, WARPS = 8, {2: 8192, 4: 2048}, 8
+PLACED_HEADS, NUMBERS, WARPS = 8, {2: 8192, 4: 2048}, 8
 
 
 @triton.jit
@@ -254,10 +254,12 @@ def rms_rotate(
     videos, n_tokens, _ = x.shape
     heads, width = _widths(x, scales)
     assert width % 2 == 0, width
+    assert x.dtype != torch.float16, "what is not normed yet may be beyond its range"
     signs = hadamard(width, x.device, x.dtype)
     out = _room(x) if out is None else out
     steps = (*x.stride()[:2], *_grouped(out).steps)
     taken = TURNED_HEADS[x.itemsize]
+    assert taken <= 4 * FEWEST, "squares are halved twice"
     wide = max(32, triton.next_power_of_2(width))  # a product adds up 16 pairs or more
     over = heads % taken
     rest = max(FEWEST, triton.next_power_of_2(over))
@@ -280,7 +282,7 @@ def place(x: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     """Each head of x [B, n, dim] over its scale, float32 [B or 1, heads]; `out` as in `rms_rotate`."""
     videos, n_tokens, _ = x.shape
     heads, width = _widths(x, scales)
-    wide, taken = triton.next_power_of_2(width), min(HEADS, triton.next_power_of_2(heads))
+    wide, taken = triton.next_power_of_2(width), min(PLACED_HEADS, triton.next_power_of_2(heads))
     tokens = max(NUMBERS[x.itemsize] // wide, 16) // taken
     out = _room(x) if out is None else out
     steps = (*x.stride()[:2], *_grouped(out).steps)

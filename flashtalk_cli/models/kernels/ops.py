@@ -13,7 +13,7 @@ from flashtalk_cli.models.token_ops import TokenOps
 
 
 class FusedOps(TokenOps):
-    """One kernel each, for CUDA devices and without gradients."""
+    """A kernel or two each, for CUDA devices and without gradients."""
 
     def linear_float32(self, layer: nn.Module, x: Tensor) -> Tensor:  # noqa: D102
         assert isinstance(layer, nn.Linear)
@@ -48,9 +48,6 @@ class FusedOps(TokenOps):
         total, out = rows.sum_norm(x, y, gate, weight, bias, eps, quantise)
         assert out is not None
         return total, out
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: D102
-        return rows.rms_rotate(x, weight, None, x.shape[-1], eps)
 
     def rms_rotate(  # noqa: D102
         self,

@@ -65,7 +65,8 @@ def modulate(own: Tensor, time: Tensor, reach: bool) -> tuple[Tensor, Tensor | N
     """own [1, 6, dim] and time, float32 [B, 6, dim], summed; see `TokenOps.modulate`."""
     videos, n, dim = time.shape
     assert n == 6, n
-    out, time = torch.empty_like(time), time.contiguous()
+    time = time.contiguous()
+    out = torch.empty_like(time)
     longest = time.new_empty(videos) if reach else None
     wide = triton.next_power_of_2(dim)
     _modulate[(n, videos)](
