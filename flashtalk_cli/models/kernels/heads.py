@@ -1,16 +1,16 @@
 """Queries, keys and values in e4m3, under scales that are known before; see models/attention_fp8.py.
 
 Queries and keys: a program stays on its multiprocessor and takes one block of tokens after another, whole rows of
-them. A block is in registers, from where it is squared, and then turned, mixed by the tensor cores and stored, tile
-of heads by tile; the next blocks come into shared memory meanwhile. So memory is read once, and never waits. What a
-row's norm divides by is asked for only where its numbers are stored.
+them. A block is held in registers: squares are summed, and then tile of heads by tile it is turned, mixed by the
+tensor cores and stored. The next blocks come into shared memory meanwhile. So memory is read once, and is always
+being read. The norm is applied last, to what is stored.
 
-A matrix of signs of twice the size is [H, H; H, -H], here in the two numbers of a pair: what it leaves of a pair are
-its sum and its difference, either mixed with those of the other pairs by half the matrix. To turn a pair by other
-angles gives both at once, so it costs nothing, and halves the products and what they read.
+The matrix of signs of twice the size is [H, H; H, -H]. Taken over the two numbers of a pair, that is the pair's sum and
+its difference, each mixed with those of the other pairs by a matrix of half the size. A rotation by other angles gives
+sum and difference at once: so that level of the matrix costs nothing, and products are half as large.
 
-Bfloat16 stays that until the tensor cores add it up, since a thread computes two such numbers at once. What is
-rounded more often than in float32 is a tenth of what e4m3 rounds and makes the whole half a percent worse (measured).
+Numbers stay bfloat16 until the tensor cores sum them, for a thread computes two such at once. Those roundings are a
+tenth of e4m3's: its error on Gaussian data grows from 2.65 to 2.66 % (measured).
 """
 
 from __future__ import annotations
