@@ -14,6 +14,7 @@ from flashtalk_cli.models.attention import choose_kernel
 from flashtalk_cli.models.dit import EIGHT_BITS, EXACT_BLOCKS, SPEECH
 from flashtalk_cli.models.fp8 import check_device
 from flashtalk_cli.models.layers import lay_together
+from flashtalk_cli.models.token_ops import PLAIN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,8 +130,8 @@ def test_blocks_compile_with_gradients_and_without(device: str, backend: str) ->
 def test_time_is_embedded_in_float32_whatever_the_weights() -> None:
     """Contract: neighbouring times stay apart in bfloat16, where 999 and 1000 are one number."""
     dit = random_dit().bfloat16()
-    rounded_weights, _ = dit._embed_time(torch.tensor([999.0, 1000.0]))
-    exact, _ = dit.float()._embed_time(torch.tensor([999.0, 1000.0]))
+    rounded_weights, _ = dit._embed_time(torch.tensor([999.0, 1000.0]), PLAIN)
+    exact, _ = dit.float()._embed_time(torch.tensor([999.0, 1000.0]), PLAIN)
     torch.testing.assert_close(rounded_weights, exact)
     assert (exact[0] - exact[1]).abs().max() > 1e-2
 

@@ -32,7 +32,7 @@ from flashtalk_cli.models.head_bounds import HeadBounds
 from flashtalk_cli.models.layers import in_eight_bits, lay_together, linear_together
 from flashtalk_cli.models.offload import Offload
 from flashtalk_cli.models.rope import rotation_table
-from flashtalk_cli.models.token_ops import PLAIN, TokenOps, token_ops
+from flashtalk_cli.models.token_ops import PLAIN, TokenOps, rms_norm, token_ops
 from flashtalk_cli.parallel.sequence import Sequence, Size
 
 TIME_BASE = 10_000.0  # longest wavelength of the time sinusoid, as in the released model
@@ -273,7 +273,7 @@ class DiT(nn.Module):
         (t, h, w), (p, q, r) = grid, self.params.patch_size
         return rearrange(tokens, "b (t h w) (p q r c) -> b c (t p) (h q) (w r)", t=t, h=h, w=w, p=p, q=q, r=r)
 
-    def _embed_time(self, t: Tensor, ops: TokenOps = PLAIN) -> tuple[Tensor, Tensor]:
+    def _embed_time(self, t: Tensor, ops: TokenOps) -> tuple[Tensor, Tensor]:
         """t [B] -> e [B, dim] for the head and [B, 6, dim] for the blocks, float32."""
         half = self.params.freq_dim // 2
         frequencies = TIME_BASE ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
@@ -469,7 +469,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        return PLAIN.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def _modulation(n: int, dim: int) -> nn.Parameter:

@@ -77,10 +77,6 @@ class TokenOps:
         x = self.add(x, y, gate)
         return x, self.norm(x, weight, bias, eps, quantise=quantise)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x over the root of its mean square over all channels, times weight."""
-        return _rms_norm(x, weight, eps).to(x.dtype)
-
     def rms_rotate(
         self,
         x: Tensor,
@@ -91,7 +87,7 @@ class TokenOps:
         out: Tensor | None = None,
         scales: Tensor | None = None,
     ) -> Tensor:
-        """The same, and then each head turned by the tokens' places: rotation [n, head_dim / 2, 2].
+        """x over the root of its mean square, times weight, and then each head turned: rotation [n, head_dim / 2, 2].
 
         Into `out`, groups of heads [B, n, groups, channels of a group], where that is given. With scales,
         float32 [B or 1, heads], each head mixed and over its scale, in e4m3 (see attention_fp8.py).
@@ -126,7 +122,7 @@ class TokenOps:
         Queries come as they are, and count as over the root of their mean square over all heads. With `quantise` in
         eight bits under the keys' scale.
         """
-        q = _rms_norm(q.flatten(2), None, eps).to(q.dtype).view(q.shape)
+        q = rms_norm(q.flatten(2), None, eps).view(q.shape)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             out = _cross_products(q, keys.text, keys.image)
         else:
@@ -190,6 +186,11 @@ def longest_token(weight: Tensor, bias: Tensor) -> Tensor:
     """What no row of LayerNorm(x) * weight + bias is longer than: weight and bias [B, 1, dim], result [B]."""
     stretched = weight.shape[-1] ** 0.5 * weight.abs().amax((1, 2))
     return stretched + torch.linalg.vector_norm(bias, dim=(1, 2))
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., dim] over the root of its mean square over all channels, times weight [dim] where there is one."""
+    return _rms_norm(x, weight, eps).to(x.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

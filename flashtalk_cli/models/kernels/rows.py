@@ -152,8 +152,7 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
     HEAD: tl.constexpr,
     GROUP: tl.constexpr,
     OUT_GROUP: tl.constexpr,
-    NORM: tl.constexpr,
-    ROTATE: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """RMS norm over the full width, then pairs (2i, 2i + 1) turned by the row's angles; or a copy.
 
@@ -162,15 +161,14 @@ def _rms_rotate(  # type: ignore[no-untyped-def]
     video, row = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     values = _load(x + video * video_step + row * row_step, DIM, PIECE, GROUP, group_step)
     out += video * out_video_step + row * out_row_step
-    if NORM:
+    if TURN:
         scale = tl.rsqrt(_mean_square(values, 0.0, DIM, PIECE) + eps)
     for index in tl.static_range(len(values)):
         channel = index * PIECE + tl.arange(0, PIECE)
         inside = channel < DIM
         value = values[index]
-        if NORM:
+        if TURN:
             value = value * scale * tl.load(weight + channel, inside, other=0.0).to(tl.float32)
-        if ROTATE:
             turn = tl.load(table + row * HEAD + channel % HEAD, inside, other=0.0)
             cos, sin = tl.split(tl.reshape(turn, (PIECE // 2, 2)))
             a, b = tl.split(tl.reshape(value, (PIECE // 2, 2)))
@@ -269,11 +267,12 @@ def rms_rotate(
     eps: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """RMS norm of x [B, n, dim] over its full width * weight [dim], and with a table each head's pairs turned.
+    """RMS norm of x [B, n, dim] over its full width * weight [dim], and each head's pairs turned; or a copy.
 
-    table: float32 [n, head_dim / 2, 2], cosine and sine. Without weight nothing is normed. x, and `out`
+    table: float32 [n, head_dim / 2, 2], cosine and sine; without weight and table x is copied. x, and `out`
     where it is given, may be [B, n, groups, channels of a group] and lie apart in all but the last.
     """
+    assert (weight is None) == (table is None)
     given, dim = _grouped(x), x.shape[2:].numel()
     videos, n_rows = x.shape[:2]
     assert dim % 2 == head_dim % 2 == 0, (dim, head_dim)
@@ -282,7 +281,7 @@ def rms_rotate(
     piece, warps = pieces(dim)
     _rms_rotate[(n_rows, videos)](
         *(x, weight, None if table is None else table.contiguous(), out, *given.steps, *to.steps),
-        *(eps, dim, piece, head_dim, given.width, to.width, weight is not None, table is not None),
+        *(eps, dim, piece, head_dim, given.width, to.width, weight is not None),
         num_warps=warps,
     )
     return out
