@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashtalk_cli.errors import DeviceError
-from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, attention, choose_kernel, why_absent
+from flashtalk_cli.models.attention import KERNEL_NAMES, SDPA, choose_kernel, why_absent
 from flashtalk_cli.models.attention_fp8 import emulated, hadamard, normed_scales, to_e4m3
 from flashtalk_cli.models.fp8 import LARGEST
 from flashtalk_cli.models.rope import rotation_table
@@ -46,7 +46,7 @@ def test_sdpa_is_attention_by_definition(b: int, n: int, m: int, heads: int, wid
     """Property: any batch, any numbers of queries and keys, no mask, scale 1 / sqrt(head_dim)."""
     random = torch.Generator().manual_seed(n * 41 + m)
     q, k, v = (torch.randn(b, tokens, heads, width, generator=random) for tokens in (n, m, m))
-    torch.testing.assert_close(attention(q, k, v, kernel=SDPA), by_definition(q, k, v))
+    torch.testing.assert_close(SDPA(q, k, v), by_definition(q, k, v))
 
 
 @torch.inference_mode()
@@ -61,7 +61,7 @@ def test_many_keys_in_bfloat16_on_a_cpu(monkeypatch: pytest.MonkeyPatch, n: int,
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", fused)
     random = torch.Generator().manual_seed(n)
     q, k, v = (torch.randn(2, tokens, 3, 32, generator=random).bfloat16() for tokens in (n, m, m))
-    out = attention(q, k, v, kernel=SDPA)
+    out = SDPA(q, k, v)
     assert out.dtype == torch.bfloat16
     wanted = by_definition(q.float(), k.float(), v.float())
     assert torch.linalg.vector_norm(out.float() - wanted) < 0.01 * torch.linalg.vector_norm(wanted)
@@ -71,7 +71,7 @@ def test_sdpa_passes_gradients() -> None:
     """Parity: gradients of q, k and v equal those of the definition."""
     given_ = [torch.randn(2, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7)]
     weight = torch.randn(2, 5, 2, 8, dtype=torch.float64)
-    ours = torch.autograd.grad((attention(*given_, kernel=SDPA) * weight).sum(), given_)
+    ours = torch.autograd.grad((SDPA(*given_) * weight).sum(), given_)
     theirs = torch.autograd.grad((by_definition(*given_) * weight).sum(), given_)
     torch.testing.assert_close(ours, theirs)
 
@@ -152,7 +152,7 @@ def test_a_package_is_called_with_q_k_v(machine: Machine, name: str, module: str
     kernel = choose_kernel(name, CUDA, torch.bfloat16)
     (machine.site / f"{module}.py").unlink()
     q = torch.randn(1, 4, 2, 8)
-    torch.testing.assert_close(attention(q, q, q + 1, kernel=kernel), 2 * (q + 1))
+    torch.testing.assert_close(kernel(q, q, q + 1), 2 * (q + 1))
 
 
 def test_eight_bits_come_with_scales(machine: Machine) -> None:
@@ -381,7 +381,7 @@ def test_kernels_agree_on_a_gpu(name: str, n: int, m: int) -> None:
     if reason := why_absent(name, device, torch.bfloat16):
         pytest.skip(reason)
     q, k, v = (torch.randn(2, tokens, 4, 128, device=device).bfloat16() for tokens in (n, m, m))
-    out = attention(q, k, v, kernel=choose_kernel(name, device, torch.bfloat16))
+    out = choose_kernel(name, device, torch.bfloat16)(q, k, v)
     expected = by_definition(q.float(), k.float(), v.float())
     assert out.shape == expected.shape
     assert (out.float() - expected).norm() / expected.norm() < 0.01

@@ -52,7 +52,7 @@ def test_a_config_is_read_in_the_released_words() -> None:
     params = DitParams.from_config({"dim": 96, "num_heads": 4, "_note": 1, "window_size": [-1, -1]})
     assert params == DitParams(dim=96, num_heads=4)
     assert DitParams.from_config({}) == DitParams()
-    assert DitParams.from_config({"patch_size": [1, 4, 4]}).patch_size == (1, 4, 4)
+    assert DitParams.from_config({"patch_size": [1, 2, 2]}).patch_size == (1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,13 @@ def test_a_config_is_read_in_the_released_words() -> None:
         ({"num_layers": 0}, "num_layers is 0"),
         ({"num_heads": 4.0}, "num_heads is 4.0, expected a positive size like 40"),
         ({"eps": True}, "eps is True"),
-        ({"patch_size": 2}, r"patch_size is 2, expected .* like \(1, 2, 2\)"),
+        ({"patch_size": 2}, r"patch_size is 2, this model has \(1, 2, 2\)"),
+        ({"patch_size": [1, 3, 3]}, r"patch_size is \[1, 3, 3\], this model has \(1, 2, 2\)"),
+        ({"vae_scale": 2}, "vae_scale is 2, this model has 4"),
+        ({"audio_window": 3}, "audio_window is 3, this model has 5"),
+        ({"in_dim": [36]}, r"in_dim is \[36\]"),
+        ({"out_dim": 8}, "out_dim is 8, this model has 16"),
+        ({"freq_dim": 15}, "freq_dim 15 is odd"),
         ({"dim": 100, "num_heads": 8}, "dim 100 does not divide into 8 heads"),
         ({"patch_size": [1, 2]}, r"patch_size is \[1, 2\]"),
     ],

@@ -80,7 +80,7 @@ def test_speech_features_are_the_reference_s(folded: bool) -> None:
     if folded:
         speech.fold_weight_norm(module)
     samples = 0.1 * torch.from_numpy(reference.inputs()["wave"])
-    ours = speech.features(module, samples, reference.meta["seq_len"])
+    ours = speech.features_of(module, samples, reference.meta["seq_len"])[0]
     agrees(ours, reference.arrays["output"])
 
 
@@ -151,7 +151,7 @@ def test_speech_features_are_transformers_own_hidden_states() -> None:
     output = stock(samples, output_hidden_states=True)
     n_frames = output.last_hidden_state.shape[1]
     theirs = torch.stack(output.hidden_states[1:], dim=2)[0]
-    torch.testing.assert_close(speech.features(module, samples, n_frames), theirs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(speech.features_of(module, samples, n_frames)[0], theirs, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

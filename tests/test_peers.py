@@ -13,6 +13,21 @@ import rank_peers
 import torch
 import torch.multiprocessing as multiprocessing
 
+from flashtalk_cli.parallel.group import Group
+from flashtalk_cli.parallel.peers import may_reach
+
+
+@pytest.mark.parametrize(("size", "reached"), [(2, True), (4, True), (8, False)])
+def test_only_the_gpus_of_a_run_need_to_reach_each_other(
+    size: int, reached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Contract: of a host with two islands of four GPUs, the first is enough for runs of up to four."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a.index // 4 == b // 4)
+    group, device = Group(size, 0), torch.device("cuda:0")
+    assert may_reach(group, device, one_host=True) is reached
+    assert not may_reach(group, device, one_host=False)
+
 
 @pytest.mark.gpu
 @pytest.mark.timeout(120)

@@ -148,6 +148,48 @@ def test_shards_with_an_index(tmp_path: Path, written: dict) -> None:
         load("dit", find(tmp_path))
 
 
+def test_a_file_forgotten_beside_the_dit_is_told(folder: ModelFolder) -> None:
+    """Fault: without an index every file of the DiT's name is read, and one tensor in two of them is one too many."""
+    kept = folder.path / "diffusion_pytorch_model_old.safetensors"
+    shutil.copy(folder.path / "diffusion_pytorch_model.safetensors", kept)
+    with pytest.raises(ModelError, match=r"model_old\.safetensors in .* both have .*: move the one"):
+        load("dit", folder)
+
+
+def test_a_tensor_under_two_of_its_names_is_told(folder: ModelFolder) -> None:
+    """Fault: the speech encoder's position convolution in the old words beside the new."""
+    path = folder.path / FILES["speech"]
+    tensors = load_file(path)
+    stem = "encoder.pos_conv_embed.conv."
+    tensors[f"{stem}weight_g"] = tensors[f"{stem}parametrizations.weight.original0"].clone()
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match="the same tensor twice, as .* and as "):
+        load("speech", folder)
+
+
+@pytest.mark.parametrize("shards", [(1, 3), (3, 1), (3, 2)])
+def test_a_dit_that_is_written_takes_the_place_of_all_of_the_one_before(
+    shards: tuple[int, int], folder: ModelFolder, written: dict
+) -> None:
+    """Contract: an index or shards that were there do not hide it."""
+    other = {key: value + 1 for key, value in written["dit"].items()}
+    write_component(folder.path, "dit", other, shards=shards[0])
+    files = write_component(folder.path, "dit", written["dit"], shards=shards[1])
+    assert sorted(folder.files("dit")) == sorted(files)
+    assert len(list(folder.path.glob("diffusion_pytorch_model*.safetensors"))) == shards[1]
+    same("dit", folder, written["dit"])
+
+
+def test_whole_numbers_are_no_weights(folder: ModelFolder) -> None:
+    """Fault: a quantised file of the right names and shapes is told when it is loaded, not in mid-render."""
+    path = folder.path / FILES["dit"]
+    tensors = load_file(path)
+    key = "blocks.0.ffn.0.weight"
+    save_file({**tensors, key: tensors[key].to(torch.int8)}, path)
+    with pytest.raises(ModelError, match=f"{key} is of int8"):
+        load("dit", folder)
+
+
 @each_component
 def test_numbers_are_converted_on_the_way(component: Component, folder: ModelFolder, written: dict) -> None:
     module = load(component, folder, torch.bfloat16)
@@ -232,6 +274,33 @@ def test_a_pickle_cut_off_is_told(kept: float, folder: ModelFolder) -> None:
         load("vae", folder)
 
 
+@pytest.fixture(scope="session")
+def small_pickle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pickled") / "small.pth"
+    torch.save({"a": torch.ones(3, 2), "b": torch.zeros(1)}, path)
+    return path
+
+
+@given(data=st.data())
+def test_a_damaged_pickle_is_a_model_error_or_read(small_pickle: Path, data: st.DataObject) -> None:
+    """Whichever bytes are changed, nothing but ModelError comes out: torch's reader fails in many ways."""
+    whole = bytearray(small_pickle.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    damaged = small_pickle.with_name("damaged.pth")
+    damaged.write_bytes(whole)
+    try:
+        PickleSource(damaged)
+    except ModelError as error:
+        assert "\n" not in str(error)
+
+
+def test_names_of_a_pickle_are_texts(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="not a plain state dict"):
+        PickleSource(tmp_path / "a.pth")
+
+
 class _Malice:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("a pickle ran code",))
@@ -314,7 +383,9 @@ def test_a_bad_config_is_told(config: str, message: str, folder: ModelFolder) ->
         ("image", "clip_heads", 5, "width 32 in 5 heads"),
         ("speech", "audio_dim", 768, "speech encoder has 32"),
         ("speech", "audio_layers", 12, "speech encoder has 3"),
+        ("image", "clip_heads", True, "clip_heads is True"),
         ("vae", "vae_dim", "wide", "config.json"),
+        ("vae", "vae_dim_mult", 4, "config.json has a size that makes no vae"),
     ],
 )
 def test_components_of_two_models_are_told(

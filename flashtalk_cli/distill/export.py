@@ -44,8 +44,6 @@ def export(run: Path, out: Path, model: ModelFolder) -> list[Path]:
         raise ModelError(f"{path} does not fit {model.path}: it was trained with another model")
     try:
         _complete(out, model)
-        for old in out.glob(f"{DIT_STEM}*"):
-            old.unlink()
         n_bytes = path.stat().st_size
         read = {key: tensors.read(key).to(torch.bfloat16) for key in expected}
         files = write_component(out, "dit", read, shards=1 + n_bytes // SHARD_BYTES)

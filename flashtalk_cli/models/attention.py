@@ -144,11 +144,6 @@ SDPA = AttentionKernel("sdpa", _sdpa)
 CUDNN = AttentionKernel("cudnn", _cudnn)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, kernel: AttentionKernel = SDPA) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v; q [B, N, heads, head_dim], k and v [B, M, heads, head_dim]."""
-    return kernel(q, k, v)
-
-
 def _from_package(name: str, module: str) -> AttentionKernel:
     flash_attn_func = importlib.import_module(module).flash_attn_func
     if name in ROUNDING:

@@ -92,6 +92,10 @@ class DitParams:
         for key in ("qk_norm", "cross_attn_norm", "norm_input_visual", "norm_output_audio"):
             if config.get(key, True) is not True:
                 raise ModelError(f"config.json: {key} is {config[key]!r}, this model has it true")
+        for key in ("in_dim", "out_dim", "audio_window", "vae_scale", "patch_size"):
+            found, only = config.get(key), getattr(cls, key)
+            if key in config and (tuple(found) if isinstance(found, list) else found) != only:
+                raise ModelError(f"config.json: {key} is {found!r}, this model has {only!r}")
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         for key, value in known.items():
             released = getattr(cls, key)
@@ -103,6 +107,10 @@ class DitParams:
         if params.dim % (2 * params.num_heads):
             raise ModelError(
                 f"config.json: dim {params.dim} does not divide into {params.num_heads} heads of even width"
+            )
+        if params.freq_dim % 2:
+            raise ModelError(
+                f"config.json: freq_dim {params.freq_dim} is odd: half of it are sines, half cosines"
             )
         return params
 

@@ -49,7 +49,7 @@ def write_component(
     """Write a component's tensors, under their released names, where the layout wants them.
 
     shards: files to spread a DiT over, with an index. A file replaces its predecessor when it is
-    complete. Returns the files.
+    complete; other files of a DiT that was there are removed then. Returns the files.
     """
     assert shards == 1 or component == "dit"
     if component != "dit":
@@ -60,7 +60,9 @@ def write_component(
         )
         return [save_tensors(path, tensors)]
     if shards == 1:
-        return [save_tensors(folder / f"{DIT_STEM}.safetensors", tensors)]
+        paths = [save_tensors(folder / f"{DIT_STEM}.safetensors", tensors)]
+        _remove_other_dits(folder, paths)
+        return paths
     keys = list(tensors)
     shard_keys = [keys[i::shards] for i in range(shards)]
     names = [f"{DIT_STEM}-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
@@ -71,7 +73,15 @@ def write_component(
     weight_map = {key: name for name, part in zip(names, shard_keys, strict=True) for key in part}
     size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     write_json(folder / DIT_INDEX, {"metadata": {"total_size": size_bytes}, "weight_map": weight_map})
+    _remove_other_dits(folder, [folder / DIT_INDEX, *paths])
     return paths
+
+
+def _remove_other_dits(folder: Path, written: list[Path]) -> None:
+    """Remove what else the loader would take for the DiT: an index first, which goes before files."""
+    for old in sorted(folder.glob(f"{DIT_STEM}*"), key=lambda path: path.name != DIT_INDEX):
+        if old not in written:
+            old.unlink()
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -82,11 +82,6 @@ def fold_weight_norm(module: nn.Module) -> None:
         convolution.to(dtype).weight.requires_grad_(False)
 
 
-def features(module: Any, samples: Tensor, n_frames: int) -> Tensor:
-    """`features_of` for samples [1, N]: [n_frames, layers, dim]."""
-    return features_of(module, samples, n_frames)[0]
-
-
 def features_of(module: Any, samples: Tensor, n_frames: int) -> Tensor:
     """Outputs of every block at each of `n_frames` frames, of samples [B, N]: [B, n_frames, layers, dim].
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,14 @@ class SafetensorsSource:
         self._entries: dict[str, _Entry] = {}
         paths = list(paths)
         for path in paths:
-            self._entries.update(_read_header(path))
+            entries = _read_header(path)
+            if twice := sorted(self._entries.keys() & entries.keys()):
+                other = self._entries[twice[0]].path
+                raise ModelError(
+                    f"{other.name} and {path.name} in {path.parent} both have {_some(twice, show=1)}: "
+                    "move the one that is not meant out of the folder"
+                )
+            self._entries.update(entries)
         self.where = _place(paths)
         self.shapes: dict[str, Shape] = {key: entry.shape for key, entry in self._entries.items()}
 
@@ -160,7 +166,9 @@ class PickleSource:
     def __init__(self, path: Path) -> None:
         self.where = path.name
         state = _unpickle(path)
-        if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        if not isinstance(state, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        ):
             raise ModelError(f"{path} is not a plain state dict (names to tensors)")
         self._state: Mapping[str, Tensor] = state
         self.shapes: dict[str, Shape] = {key: tuple(value.shape) for key, value in state.items()}
@@ -179,7 +187,9 @@ def _unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (
+        Exception
+    ) as error:  # a damaged pickle fails anywhere in torch's reader, an AssertionError among others
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{path} is broken, cut off, or no file of weights ({reason[:120]}): "
@@ -194,7 +204,10 @@ def open_files(paths: list[Path]) -> Source:
     """
     if all(path.suffix == ".safetensors" for path in paths):
         return SafetensorsSource(paths)
-    assert len(paths) == 1, paths
+    if len(paths) > 1:
+        raise ModelError(
+            f"{_place(paths)} are not all .safetensors files: several of another kind cannot be read"
+        )
     return PickleSource(paths[0])
 
 
@@ -207,9 +220,15 @@ class View:
 
     @classmethod
     def of(cls, source: Source, rename: Callable[[str], str | None]) -> View:
-        """`rename` gives a tensor's name here, or None for one that is ignored."""
-        named = ((rename(key), key) for key in source.shapes)
-        return cls(source, {name: key for name, key in named if name is not None})
+        """`rename` gives a tensor's name here, or None for one that is ignored. Raises ModelError for two of one name."""
+        names: dict[str, str] = {}
+        for key in source.shapes:
+            name = rename(key)
+            if name in names:
+                raise ModelError(f"{source.where} has the same tensor twice, as {names[name]} and as {key}")
+            if name is not None:
+                names[name] = key
+        return cls(source, names)
 
     @property
     def where(self) -> str:
@@ -353,10 +372,18 @@ def home_of(name: str, device: torch.device | str, on_host: str | None) -> torch
 
 
 def put(module: nn.Module, name: str, tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Replace a parameter or buffer of the module by `tensor`, in the memory format of what it replaces."""
+    """Replace a parameter or buffer of the module by `tensor`, in the memory format of what it replaces.
+
+    Raises ModelError for whole numbers where others belong.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     built = getattr(owner, leaf)
+    if built.is_floating_point() and not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{name} is of {kind}, a tensor of floating-point numbers was expected: quantised weights do not load"
+        )
     kept = dtype if tensor.is_floating_point() else tensor.dtype
     if tensor.stride() == built.stride():
         value = tensor.to(device=device, dtype=kept)

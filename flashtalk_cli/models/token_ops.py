@@ -2,7 +2,7 @@
 
 `TokenOps` is plain code: it runs on any device, with gradients, and says what is meant. On a CUDA device
 and without gradients `token_ops` gives the same interface by fused kernels. It is asked once a step, by
-`DiT.forward`; no block asks again.
+`DiT.forward`, and once a chunk, by `DiT.fold`; no block asks again.
 
 Everything computes in float32 and gives the dtype of its input; where `quantise` is asked for it gives
 `Rows`, for a layer in eight bits. Shapes: x, y [B, n, dim]; vectors over channels [dim] or [B, 1, dim].

@@ -163,8 +163,8 @@ def plan_of(folder: ModelFolder, component: Component, random: bool = False) -> 
         return _plan_image(dit, config, source, shapes)
     if component == "speech":
         return _plan_speech(dit, folder, source)
-    params: DitParams | VaeParams = dit if component == "dit" else VaeParams.from_config(config)
     try:
+        params: DitParams | VaeParams = dit if component == "dit" else VaeParams.from_config(config)
         with torch.device("meta"):
             module = DiT(params) if isinstance(params, DitParams) else Vae(params)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:  # of the wrong type, or fractional
@@ -182,7 +182,7 @@ def _plan_image(
     dit: DitParams, config: Mapping[str, Any], source: Source | None, shapes: Mapping[str, Any]
 ) -> Plan:
     heads = config.get("clip_heads", ImageParams.heads)
-    if not isinstance(heads, int) or heads < 1:
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
         raise ModelError(f"config.json: clip_heads is {heads!r}, a positive whole number was expected")
     params = ImageParams.from_shapes(shapes, heads) if source else replace(ImageParams(), dim=dit.image_dim)
     _agree("image encoder", params.dim, "image_dim", dit.image_dim)

@@ -46,10 +46,10 @@ def reach(sizes: Sequence[int], dtype: torch.dtype, device: torch.device, group:
 
 
 def may_reach(group: Group, device: torch.device, one_host: bool) -> bool:
-    """Whether the group's ranks, a GPU each, are on one host whose GPUs can reach each other's memory."""
+    """Whether the group's ranks, on the first GPUs of one host, can reach each other's memory."""
     if group.size == 1 or device.type != "cuda" or not one_host:
         return False
-    others = (index for index in range(torch.cuda.device_count()) if index != device.index)
+    others = (index for index in range(group.size) if index != device.index)
     return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 
 
