@@ -17,6 +17,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line of this process and exit with its code."""
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
+        signal.signal(signal.SIGHUP, _end)
     sys.exit(run(sys.argv[1:]))
 
 

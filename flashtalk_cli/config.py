@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 SAMPLE_RATE_HZ = 16_000  # what wav2vec2 hears
 VAE_STRIDE_PX = 8  # latent pixels are 8 x 8 picture pixels
 VAE_STRIDE_FRAMES = 4  # a latent frame is 4 frames, the first one excepted
+LEAST_PX, MOST_PX = 64, 4096  # sides of a picture
 PATCH_PX = 16  # VAE stride times the DiT's 2 x 2 patch: a side must divide by it
 
 DEFAULT_PROMPT = (
@@ -40,8 +41,8 @@ class ModelChoice(Frozen):
 class Canvas(Frozen):
     """The picture that is rendered, in pixels."""
 
-    width_px: int = Field(448, ge=64, le=4096)
-    height_px: int = Field(768, ge=64, le=4096)
+    width_px: int = Field(448, ge=LEAST_PX, le=MOST_PX)
+    height_px: int = Field(768, ge=LEAST_PX, le=MOST_PX)
     fit: Literal["crop", "pad"] = "crop"
     background: str = Field("#808080", pattern=r"^#[0-9a-fA-F]{6}$", description="#RRGGBB, such as #336699")
 
@@ -60,10 +61,10 @@ class Canvas(Frozen):
     def of_aspect(self, width_px: int, height_px: int) -> Canvas:
         """A canvas of about this one's area whose aspect ratio is nearest to the given picture's."""
         ratio = max(0.25, min(4.0, width_px / height_px))
-        ideal_width_px = (self.area_px * ratio) ** 0.5
+        ideal_width_px = min((self.area_px * ratio) ** 0.5, MOST_PX, MOST_PX * ratio)
 
         def snap(side_px: float) -> int:
-            return max(64, PATCH_PX * round(side_px / PATCH_PX))
+            return min(MOST_PX, max(LEAST_PX, PATCH_PX * round(side_px / PATCH_PX)))
 
         width = snap(ideal_width_px)
         return self.model_copy(update={"width_px": width, "height_px": snap(width / ratio)})
@@ -174,6 +175,16 @@ class Preset(Frozen):
     compute: Compute = Compute()
     encoding: Encoding = Encoding()
     live: Live = Live()
+
+    @model_validator(mode="after")
+    def _hears_its_chunk(self) -> Preset:
+        fps, chunk_frames, hearing = self.sampling.fps, self.sampling.chunk_frames, self.hearing
+        if round(hearing.context_s * fps) < chunk_frames + round(hearing.lookahead_s * fps):
+            needed_s = chunk_frames / fps + hearing.lookahead_s
+            raise ValueError(
+                f"hearing.context_s {self.hearing.context_s:g} is shorter than a chunk and its look-ahead, {needed_s:g} s"
+            )
+        return self
 
 
 class Speech(Frozen):

@@ -89,7 +89,7 @@ def error(problem: BaseException) -> Event:
     if isinstance(problem, FlashtalkError):
         return event("error", type=kind, message=text, exit_code=problem.exit_code, traceback=trace)
     first_line = f": {text.splitlines()[0]}" if text else ""
-    message = f"internal error {kind}{first_line}; run again with --debug"
+    message = f"internal error {kind}{first_line}"
     return event("error", type=kind, message=message, exit_code=FlashtalkError.exit_code, traceback=trace)
 
 

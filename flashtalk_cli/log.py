@@ -10,22 +10,23 @@ from typing import TextIO
 
 
 class RankFilter(logging.Filter):
-    """Lets rank 0 speak, and of the other ranks only warnings and worse, marked with their rank."""
+    """Marks what ranks other than 0 say with their rank; where all are read together, lets their warnings pass only."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, together: bool) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.together = rank, together
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be shown; sets the `who` that the format prints."""
         record.who = f"rank {self.rank} " if self.rank else ""
-        return self.rank == 0 or record.levelno >= logging.WARNING
+        return not self.together or self.rank == 0 or record.levelno >= logging.WARNING
 
 
 def setup(*, debug: bool = False, rank: int = 0, console: TextIO | None = None) -> None:
     """Log warnings to stderr; with `debug` all that our own modules say, and Python's warnings.
 
-    Where stderr is a rank's own file, `console` is where others may read what the rank filter lets pass.
+    Where stderr is a rank's own file, `console` is where all are read together, and of ranks other than 0 shows
+    warnings only.
     Calling it again replaces what an earlier call set up.
     """
     shape = (
@@ -33,10 +34,12 @@ def setup(*, debug: bool = False, rank: int = 0, console: TextIO | None = None) 
         if debug
         else "%(who)s%(levelname)s: %(message)s"
     )
-    handlers = [logging.StreamHandler(stream) for stream in (sys.stderr, console) if stream is not None]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(shape))
-        handler.addFilter(RankFilter(rank))
+    handlers = []
+    for stream, together in ((sys.stderr, console is None), (console, True)):
+        if stream is not None:
+            handlers.append(handler := logging.StreamHandler(stream))
+            handler.setFormatter(logging.Formatter(shape))
+            handler.addFilter(RankFilter(rank, together))
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for ours in ("flashtalk_cli", "__main__"):  # the second is a module of ours that python -m runs
         logging.getLogger(ours).setLevel(logging.DEBUG if debug else logging.WARNING)

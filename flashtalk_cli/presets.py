@@ -270,7 +270,7 @@ def _complaint(path: str, detail: Any, schema: type[BaseModel]) -> str:
     if detail["type"] == "missing":
         return f"{path} is missing"
     if detail["type"] == "value_error":
-        return f"{path}: {detail['ctx']['error']}"
+        return f"{path}: {detail['ctx']['error']}" if path else str(detail["ctx"]["error"])
     field = model.model_fields[key]
     section_model = _section(field)
     accepted = f"keys and values: {_choices(section_model)}" if section_model else _accepted(field)

@@ -132,6 +132,20 @@ def test_only_rank_0_says_more_than_warnings_and_others_say_who_they_are(capfd):
     assert ended.stdout == ""
 
 
+def test_a_ranks_own_file_has_all_that_it_says():
+    """Where others read together (here stdout) there are its warnings only."""
+    code = (
+        "import logging, sys; from flashtalk_cli import log; log.setup(debug=True, rank=1, console=sys.stdout)\n"
+        "ours = logging.getLogger('flashtalk_cli.x'); ours.debug('d'); ours.warning('w')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    own, together = (
+        [line.split(" ", 2)[2] for line in text.splitlines()] for text in (ended.stderr, ended.stdout)
+    )
+    assert own == ["rank 1 DEBUG flashtalk_cli.x: d", "rank 1 WARNING flashtalk_cli.x: w"]
+    assert together == own[1:]
+
+
 def test_a_module_that_is_run_by_itself_is_one_of_ours(capfd):
     """Contract: under `python -m` a module is called __main__, and what it does is to be seen all the same."""
     code = "import logging; from flashtalk_cli import log; log.setup(debug=True); logging.getLogger(__name__).info('i')"

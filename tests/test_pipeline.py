@@ -123,6 +123,15 @@ def test_a_canvas_of_the_pictures_shape(width: int, height: int) -> None:
     assert canvas.width_px / canvas.height_px == pytest.approx(ratio, rel=0.1)
 
 
+@given(side=st.sampled_from([64, 4096]), width=st.integers(32, 5000), height=st.integers(32, 5000))
+def test_a_canvas_of_the_pictures_shape_is_one_that_a_preset_may_have(
+    side: int, width: int, height: int
+) -> None:
+    """Fault: the smallest and the largest canvas, of any picture's shape, pass the checks of a worker."""
+    canvas = Canvas(width_px=side, height_px=side).of_aspect(width, height)
+    assert Canvas.model_validate(canvas.model_dump()) == canvas
+
+
 def collect(steps: object) -> tuple[Tensor, object]:
     """All the frames of a chunk, and the state after it."""
     frames = []

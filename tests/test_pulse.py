@@ -43,6 +43,7 @@ from flashtalk_cli.parallel.pulse import (
 from flashtalk_cli.parallel.ranks import Ranks
 from flashtalk_cli.parallel.shelf import Shelf, shelf_of
 from flashtalk_cli.parallel.traffic import Traffic
+from flashtalk_cli.pipeline.session import _recorded
 from flashtalk_cli.pipeline.streams import Graphs
 from flashtalk_cli.presets import load
 
@@ -318,6 +319,23 @@ def test_a_replay_counts_as_one_exchange_and_its_recording_ends_before_the_group
     ranks.leave()
     assert done == ["counted", "replay"] * 2 + ["given up", "ended"]
     assert not graphs._recordings
+
+
+def test_a_tile_as_large_of_another_picture_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: 448 x 768 in two tiles one above the other, then 896 x 384 in two beside each other: 48 x 56 latents each."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    models: Any = SimpleNamespace(graphs=Graphs(), tiles=SimpleNamespace(count=2), vae=object())
+    tile = torch.ones(1, 16, 2, 48, 56)
+    for _ in range(3):
+        assert _recorded(models, "motion", (96, 56), lambda x: torch.cat([x, x], dim=3), tile).shape[3:] == (
+            96,
+            56,
+        )
+    for _ in range(3):
+        found = _recorded(models, "motion", (48, 112), lambda x: torch.cat([x, x], dim=4), tile)
+        assert found.shape[3:] == (48, 112)
 
 
 def test_what_a_recording_keeps_is_one_object_from_the_first_call_on(monkeypatch: pytest.MonkeyPatch) -> None:

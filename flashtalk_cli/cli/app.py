@@ -93,7 +93,6 @@ def run(arguments: Sequence[str]) -> int:
         return FlashtalkError.exit_code
     except Exception as error:
         text = f"internal error {type(error).__name__}: {error}"
-        text += "" if debug else "; run again with --debug"
         return _report(error, text, FlashtalkError.exit_code, debug)
 
 
@@ -104,6 +103,8 @@ def _report(error: BaseException, text: str, exit_code: int, debug: bool) -> int
         import traceback
 
         traceback.print_exception(type(error), error, error.__traceback__)
+    elif exit_code == FlashtalkError.exit_code:  # of an internal error
+        text += "; run again with --debug"
     typer.echo(typer.style("error:", fg="red", bold=True) + " " + one_line(text), err=True)
     return exit_code
 

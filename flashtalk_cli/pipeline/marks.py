@@ -9,7 +9,7 @@ again in a chunk. On a CPU there is one stream.
     noise     noise drawn, latents moved in time
     step      one pass through the DiT
     prime     decoding of the motion latents, whose frames were on screen before
-    decode    decoding of one latent
+    decode    decoding of one latent, or of as many as are decoded at once
     colour    matching of its frames to the picture
     bytes     frames to bytes, and together on rank 0
     motion    encoding of the last frames, for the next chunk

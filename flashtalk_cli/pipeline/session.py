@@ -1,6 +1,6 @@
 """A person on screen: prepared once, then moved on a chunk at a time.
 
-    models     = Models(dit, vae, hearing=..., ...)          shared by any number of sessions
+    models     = Models(dit, vae, ...)                       shared by any number of sessions
     conditions = prepare(models, picture, text, image)       what stays the same
     state      = begin(conditions, seed)                     all that changes, a value
     state      = yield from step(models, conditions, state, windows)
@@ -187,7 +187,8 @@ def step(
         tail = [*tail, video][-(1 + seen) :]
         yield video
     last = torch.cat(tail, dim=2)[:, :, -sampling.motion_frames :]
-    motion = _recorded(models, "motion", lambda x: _encoded(models, x).float(), last)
+    size = tuple(state.motion.shape[3:])
+    motion = _recorded(models, "motion", size, lambda x: _encoded(models, x).float(), last)
     mark("motion")
     noise = generator.get_state()
     primed = _prime(models, motion, generator, mark)
@@ -251,22 +252,29 @@ def _prime(models: Models, motion: Tensor, generator: torch.Generator, mark: Mar
     with models.beside.run():
         mark("")
         video, decoder = _recorded(
-            models, name, lambda x: models.vae.decode(models.tiles.cut(x), tiles=models.tiles), motion
+            models,
+            name,
+            tuple(motion.shape[3:]),
+            lambda x: models.vae.decode(models.tiles.cut(x), tiles=models.tiles),
+            motion,
         )
         mark("prime")
     first = first_noise(motion, models.sampling.chunk_latents, generator)
     return Primed(motion, video, decoder, first, generator.get_state())
 
 
-def _recorded(models: Models, name: str, function: Callable[[Tensor], T], x: Tensor) -> T:
+def _recorded(
+    models: Models, name: str, size: tuple[int, ...], function: Callable[[Tensor], T], x: Tensor
+) -> T:
     """What the VAE makes of x by a recorded graph, where several ranks share it.
 
+    size: of the whole picture in latents, which tells how it is cut: a tile may be as large in another picture.
     Its launches, and its exchanges', take Python longer than a rank's part of the work. One GPU does without: it
     is busy with a step meanwhile, and a recording keeps memory.
     """
     if models.graphs is None or models.tiles.count == 1:
         return function(x)
-    return models.graphs(name, models.vae, function, x)
+    return models.graphs(name, (models.vae, size), function, x)
 
 
 def talk(
