@@ -1,6 +1,6 @@
 """What was measured on real machines, kept as it came in tests/golden/bench, held to: reports have the form that
-is written today and add up (contract); `bench --from`, `--html` and `--compare` take them; and README quotes
-them, so that a figure in README that no file has, or that another run has overtaken, fails (golden).
+is written today and add up (contract); `bench --from`, `--html` and `--compare` take them; and README and docs/speed.md
+quote them, so that a figure in README that no file has, or that another run has overtaken, fails (golden).
 
     h200x*-*.json             reports of `flashtalk bench -o`, named by machine and number format
     h200x2-gpu-check.json     figures of `scripts/gpu-check ranks`: several GPUs against one
@@ -21,14 +21,13 @@ import pytest
 
 from flashtalk_cli import presets
 from flashtalk_cli.bench import words
-from flashtalk_cli.bench.compare import read
+from flashtalk_cli.bench.form import read
 from flashtalk_cli.bench.parts import MAIN
 from flashtalk_cli.cli.app import run
-from tests.bench_reports import make
+from tests.bench_reports import KEPT, REPORTS, make
 
-KEPT = Path(__file__).parent / "golden" / "bench"
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-REPORTS = sorted(path for path in KEPT.glob("*.json") if "schema" in json.loads(path.read_text()))
+ROOT = Path(__file__).parent.parent
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/speed.md"))
 BF16, FP8 = KEPT / "h200x2-bf16.json", KEPT / "h200x2-fp8-attention.json"
 ALONE, ALONE_FP8 = KEPT / "h200x1-bf16.json", KEPT / "h200x1-fp8-attention.json"
 PRESETS = {"h200x1-fp8": ALONE_FP8, "h200x2-bf16": BF16, "h200x2-realtime": FP8}
@@ -111,7 +110,7 @@ def test_eight_bits_are_found_faster_and_sixteen_slower():
 
 
 def quoted(*texts: str) -> None:
-    """README has all of these, as they stand."""
+    """README or docs/speed.md has all of these, as they stand."""
     lacking = [text for text in texts if text not in README]
     assert not lacking, "README does not say: " + "; ".join(lacking)
 
@@ -181,7 +180,9 @@ def test_readme_quotes_how_far_gpu_counts_differ():
 def test_readme_quotes_which_engine_is_faster():
     found = json.loads((KEPT / "h200x2-engines.json").read_text())
     each = (found[name] for name in ("heads swapped", "ring"))
-    quoted(*(f"{row['torch_ms']} ms for {row['xfuser_ms']} ms" for row in each), f"xfuser {found['xfuser']}")
+    quoted(
+        *(f"{row['torch_ms']} ms, against {row['xfuser_ms']} ms" for row in each), f"xfuser {found['xfuser']}"
+    )
 
 
 @pytest.mark.parametrize(("name", "path"), PRESETS.items(), ids=PRESETS)

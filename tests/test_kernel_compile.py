@@ -39,7 +39,7 @@ EVERY_LAYER = [
 LATENTS, H, W = 9, 96, 56  # of a chunk at 448 x 768
 SHARED_BYTES = 227 * 1024  # that one program may have on a Hopper GPU
 STACK_BYTES = 64  # a thread, next to 1 kB of registers
-MORE_STACK_BYTES = {"_cross_held": 192}  # measured: nothing that needs less was faster (bench/README.md)
+MORE_STACK_BYTES = {"_cross_held": 192}  # measured: nothing that needs less was faster (docs/speed-log.md)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU they run"),

@@ -31,7 +31,7 @@ def lay_together(layers: Sequence[nn.Module]) -> None:
 def linear_together(x: Tensor | Rows, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each layer makes of x; in one product where `lay_together` was there and no gradients are kept.
 
-    One product of three times the rows fills a GPU better than three (see bench/README.md). What comes
+    One product of three times the rows fills a GPU better than three (see docs/speed-log.md). What comes
     out then are slices of one tensor.
     """
     if not torch.is_grad_enabled() and (weight := _one(layers, "weight")) is not None:
