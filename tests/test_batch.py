@@ -28,7 +28,7 @@ from test_launch import gone
 
 from flashtalk_cli import launch
 from flashtalk_cli.batch import replica as replica_module
-from flashtalk_cli.batch.backlog import TRIES
+from flashtalk_cli.batch.backlog import TRIES, Backlog
 from flashtalk_cli.batch.clip import Clip, Setup
 from flashtalk_cli.batch.replica import LocalReplica
 from flashtalk_cli.batch.run import DEATHS, Crew, Record
@@ -56,12 +56,16 @@ def clip_of(line: int, folder: Path = Path("/none")) -> Clip:
 
 
 class Puppet:
-    """A replica whose life follows a script: for each start or clip what happens, then all goes well."""
+    """A replica whose life follows a script: for each start or clip what happens, then all goes well.
+
+    It dies of the lines that are `deadly` whatever the script says.
+    """
 
     def __init__(self, script: list[str], done: Counter[int], hold: threading.Barrier | None = None) -> None:
         self.script, self.done = script, done
         self.alive = self.busy = False
         self.starts = 0
+        self.deadly: set[int] = set()
 
     def start(self) -> None:
         assert not self.alive
@@ -77,7 +81,7 @@ class Puppet:
         self.busy = True
         time.sleep(0.0005)
         self.busy = False
-        act = self.script.pop(0) if self.script else "well"
+        act = "dies" if clip.line in self.deadly else self.script.pop(0) if self.script else "well"
         if act == "dies":
             self.alive = False
             raise WorkerError("killed")
@@ -137,12 +141,24 @@ def test_nothing_is_lost_and_nothing_done_twice(scripts: list[list[str]], n_clip
 
 def test_a_clip_that_kills_two_replicas_is_the_one_that_fails(tmp_path: Path) -> None:
     """Contract: it went back once; its error says what happened."""
-    crew, record, _, _, puppets = crew_of(tmp_path, [["dies", "dies"]], 3)
+    crew, record, _, _, puppets = crew_of(tmp_path, [[]], 3)
+    puppets[0].deadly = {1}
     assert crew.run() == []
     (failed,) = record.of("failed")
     assert (failed["line"], failed["tries"], failed["type"]) == (1, TRIES, "WorkerError")
     assert len(record.of("done")) == 2
-    assert puppets[0].starts == 3
+    assert puppets[0].starts == 2
+
+
+@pytest.mark.parametrize("deadly", [{1, 2}, {2, 5, 8}, {1, 3, 5, 7, 10}], ids=str)
+def test_clips_that_kill_a_lone_replica_keep_no_other_from_it(tmp_path: Path, deadly: set[int]) -> None:
+    """Fault: they wait for their other try behind all others, where their deaths no longer end the run."""
+    crew, record, _, _, puppets = crew_of(tmp_path, [[]], 10)
+    puppets[0].deadly = deadly
+    assert crew.run() == []
+    assert {clip["line"] for clip in record.of("done")} == set(range(1, 11)) - deadly
+    assert {(clip["line"], clip["tries"]) for clip in record.of("failed")} == {(n, TRIES) for n in deadly}
+    assert [clip["line"] for clip in record.clips[-len(deadly) :]] == sorted(deadly)
 
 
 def test_a_replica_that_dies_after_its_last_frame_has_done_its_clip(tmp_path: Path) -> None:
@@ -166,11 +182,23 @@ def test_two_runs_do_not_share_a_manifest(tmp_path: Path) -> None:
 
 
 def test_a_place_where_replicas_die_is_given_up(tmp_path: Path) -> None:
-    """Fault: deaths in a row end the run with an error, and not a clip after the other."""
+    """Fault: deaths in a row end the run with an error, and not a clip after the other; what was tried has failed."""
     crew, record, _, _, _ = crew_of(tmp_path, [["dies"] * 50], 20)
-    with pytest.raises(WorkerError, match=f"{DEATHS} times in a row"):
+    with pytest.raises(WorkerError, match=f"{DEATHS} times in a row, the last at line {DEATHS}"):
         crew.run()
-    assert len(record.clips) == DEATHS // TRIES
+    failed = [(clip["line"], clip["tries"], clip["message"]) for clip in record.of("failed")]
+    assert failed == [(line, 1, "killed") for line in range(1, DEATHS + 1)]
+    assert len(record.clips) == DEATHS
+
+
+def test_a_clip_whose_replica_could_not_start_keeps_its_place(tmp_path: Path) -> None:
+    """Contract: it was not tried, and is the next to be taken."""
+    backlog = Backlog([clip_of(1), clip_of(2), clip_of(3)])
+    for untried in (True, False):
+        clip = backlog.take()
+        assert clip
+        assert backlog.put_back(clip, untried=untried)
+    assert [clip.line for clip in backlog.close()] == [2, 3, 1]
 
 
 def test_a_replica_that_cannot_start_leaves_its_clips_to_the_others(tmp_path: Path) -> None:

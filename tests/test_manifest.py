@@ -5,6 +5,7 @@ a property over what a line may be)."""
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from flashtalk_cli.cli import batch, batch_display, manifest
 from flashtalk_cli.cli.app import run
 from flashtalk_cli.cli.request import Request
 from flashtalk_cli.config import Compute
-from flashtalk_cli.errors import DeviceError, InputError
+from flashtalk_cli.errors import DeviceError, InputError, WorkerError
 from flashtalk_cli.events import Event, event
 
 GOOD = {"picture": "p.png", "speech": "s.wav", "output": "a.mp4"}
@@ -93,6 +94,41 @@ def test_a_bad_line_is_named_and_costs_its_own_clip(
     assert (failed["line"], failed["state"], failed["type"]) == (3, "failed", kind)
     assert says in failed["message"]
     assert "\n" not in failed["message"]
+
+
+@pytest.mark.parametrize(
+    ("line", "output"),
+    [
+        ({**GOOD, "output": "m3.mp4", "speech": 3}, "m3.mp4"),
+        ({"output": "m3.mp4"}, "m3.mp4"),
+        ({**GOOD, "output": "m3.mp4", "sed": 1}, "m3.mp4"),
+        ({**GOOD, "output": 3}, None),
+        ({**GOOD, "output": "a\0b"}, None),
+        ({"picture": "p.png"}, None),
+        ('{"output": "m3.mp4"', None),
+    ],
+)
+def test_a_bad_line_has_its_output_where_it_is_known(
+    place: Path, capsys: pytest.CaptureFixture[str], line: dict[str, Any] | str, output: str | None
+) -> None:
+    """Contract: the event has the whole path, the table the name, or `?`."""
+    (failed,) = planned(place, line).ended
+    assert failed.get("output") == (str(place / output) if output else None)
+    record = Record(place / "r.jsonl", lambda happened: None, 1)
+    record.add(failed)
+    batch_display.show_summary(record)
+    assert f" {output or '?'} " in capsys.readouterr().err
+
+
+def test_a_manifest_of_many_lines_is_read_in_one_pass(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Property: no line is compared with all others, which took minutes for some ten thousand."""
+    compared: list[manifest.Line] = []
+    monkeypatch.setattr(manifest.Line, "__eq__", lambda self, other: bool(compared.append(self)))
+    for number in range(20):
+        (place / f"{number}.mp4").write_bytes(b"whole")
+    found = planned(place, *({**GOOD, "output": f"{number}.mp4"} for number in range(30)))
+    assert (len(found.clips), len(found.ended)) == (10, 20)
+    assert not compared
 
 
 def test_options_of_a_line_win_over_those_of_all(place: Path) -> None:
@@ -238,6 +274,67 @@ def test_nothing_to_do_needs_no_model(place: Path, capsys: pytest.CaptureFixture
     assert json.loads(result)["state"] == "skipped"
 
 
+class Stub:
+    """A replica that takes 0.2 s for a clip and calls it 10 s, or dies of every clip."""
+
+    deadly = False
+
+    def __init__(self, *_: Any) -> None:
+        self.alive = False
+
+    def start(self) -> None:
+        self.alive = True
+
+    def render(self, clip: Any) -> Event:
+        if self.deadly:
+            self.alive = False
+            raise WorkerError("killed")
+        time.sleep(0.2)
+        return event("clip", state="done", frames=1, duration_s=0.04, elapsed_s=10.0)
+
+    def close(self) -> None:
+        self.alive = False
+
+
+@pytest.fixture
+def stubs(place: Path, monkeypatch: pytest.MonkeyPatch) -> type[Stub]:
+    """What renders instead of workers, and a manifest of five clips, the first of which is bad."""
+    monkeypatch.setattr(batch, "check_machine", lambda preset: None)
+    monkeypatch.setattr(batch, "resolve", lambda *names, random: None)
+    monkeypatch.setattr(batch, "LocalReplica", Stub)
+    monkeypatch.setattr(Stub, "deadly", False)
+    lines = [{**GOOD, "picture": "none"}, *({**GOOD, "output": f"{number}.mp4"} for number in range(2, 6))]
+    (place / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return Stub
+
+
+def test_the_time_of_a_run_is_a_clocks(
+    place: Path, stubs: type[Stub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Contract: replicas work at once, so what each clip took does not add up to it."""
+    Image.fromarray(np.zeros((96, 64, 3), np.uint8)).save(place / "none", "PNG")
+    assert run(["render", "--manifest", str(place / "clips.jsonl"), "--replicas", "2", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert done["event"] == "done"
+    assert 0.6 <= done["elapsed_s"] < 10
+
+
+def test_a_run_that_loses_its_replicas_says_what_became_of_its_clips(
+    place: Path, stubs: type[Stub], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the error is the last line, the table and the results come before it."""
+    monkeypatch.setattr(stubs, "deadly", True)
+    assert run(["render", "--manifest", str(place / "clips.jsonl")]) == WorkerError.exit_code
+    errors = capsys.readouterr().err
+    assert "4 failed, 1 not begun" in errors
+    assert "3 times in a row, the last at line 4" in errors.splitlines()[-1]
+    results = [json.loads(line) for line in (place / "clips.results.jsonl").read_text().splitlines()]
+    assert [(e["line"], e["state"], e["type"]) for e in results] == [
+        (1, "failed", "InputError"),
+        *((line, "failed", "WorkerError") for line in (2, 3, 4)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("device", "gpus", "here", "replicas", "expected"),
     [
@@ -277,7 +374,7 @@ CLIPS: list[Event] = [
 def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Golden: a line a clip, a warning once, and the table in the manifest's order."""
     lines = batch_display.ClipLines()
-    record = Record(tmp_path / "r.jsonl", lines.show, 9)
+    record = Record(tmp_path / "r.jsonl", lines.show, 5)
     for happened in CLIPS:
         (record.add if happened["event"] == "clip" else record.show)(happened)
     assert capsys.readouterr().err.splitlines() == [
@@ -286,7 +383,7 @@ def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "line 2: /x/b.mp4: 56 frames, 2.24 s of video in 4.5 s, 0.50 times real time",
         "line 1: /x/a.mp4: InputError: no\\x1b sound",
     ]
-    batch_display.show_summary(record, 3)
+    batch_display.show_summary(record)
     table = capsys.readouterr().err
     assert "1 done, 1 failed, 3 not begun" in table
     assert table.index("a.mp4") < table.index("b.mp4")

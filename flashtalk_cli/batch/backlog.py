@@ -1,4 +1,4 @@
-"""Clips that wait for a replica: each is taken by one, and goes back at most once."""
+"""Clips that wait for a replica: each is taken by one, and goes back at most once, behind all others."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ class Backlog:
             self._changed.notify_all()
 
     def put_back(self, clip: Clip, *, untried: bool = False) -> bool:
-        """The clip's replica died: another shall take it, before all others. False when it had its tries.
+        """The clip's replica died: it shall be taken again, after all others. False when it had its tries.
 
-        untried: nothing was done for it, so this time does not count.
+        untried: nothing was done for it, so this time does not count, and it keeps its place in front.
         """
         with self._changed:
             again = untried or self._tries[clip.line] < TRIES
             if again:
                 self._tries[clip.line] -= untried
-                self._waiting.appendleft(clip)
+                # What may end every replica waits at the back: a lone one gets all others done before.
+                self._waiting.appendleft(clip) if untried else self._waiting.append(clip)
                 self._under_way -= 1
                 self._changed.notify_all()
             return again

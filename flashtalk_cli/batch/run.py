@@ -1,7 +1,7 @@
 """Draw clips from a backlog on several replicas at once, until all have come to an end, and record each.
 
-Every replica has a thread. A replica that dies is started anew, its clip goes back once to be taken by
-whoever is free; one that cannot be started, or dies again and again, is given up, and the run with the last.
+Every replica has a thread. A replica that dies is started anew, its clip goes back once, to the end of the queue;
+one that cannot be started, or dies again and again, is given up, and the run with the last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flashtalk_cli.events import Event
 
 log = logging.getLogger(__name__)
 
-DEATHS = 3  # in a row without a clip between them: something is wrong with the place, not with a clip
+DEATHS = 3  # in a row, each of a clip's first try: something is wrong with the place, not with a clip
 
 
 class Record:
@@ -68,6 +68,11 @@ class Record:
         """The clips that ended so, in the manifest's order."""
         return sorted((c for c in self.clips if c["state"] in states), key=lambda c: c["line"])
 
+    @property
+    def n_left(self) -> int:
+        """Clips that have not come to an end."""
+        return self._n_clips - len(self.clips)
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -104,11 +109,12 @@ class Crew:
         self._hands = len(replicas)
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
+        self._deaths: dict[int, Event] = {}  # by line: what a clip's last try came to
 
     def run(self) -> list[Clip]:
         """Work until every clip has come to an end; those that no replica took, because of a request to end.
 
-        Raises the last replica's error when none is left to work.
+        Raises the last replica's error when none is left to work, after recording what was tried as failed.
         """
         threads = [
             threading.Thread(target=self._work, args=(number, replica), daemon=True)
@@ -121,9 +127,13 @@ class Crew:
                 thread.join(0.1)
                 if self._requests:
                     self._backlog.close()
+        left = self._backlog.close()
         if self._failure is not None:
+            for clip in left:
+                if clip.line in self._deaths:
+                    self._record.add(self._deaths[clip.line])
             raise self._failure
-        return self._backlog.close()
+        return left
 
     def _work(self, number: int, replica: Replica) -> None:
         """A replica's thread."""
@@ -136,9 +146,10 @@ class Crew:
                 except FlashtalkError as error:
                     self._backlog.put_back(clip, untried=True)
                     return self._give_up(number, error)
-                deaths = 0 if self._render(number, replica, clip) else deaths + 1
+                first_try = self._backlog.tries(clip) == 1
+                deaths = 0 if self._render(number, replica, clip) else deaths + first_try
                 if deaths == DEATHS:
-                    return self._give_up(number, WorkerError(f"it died {DEATHS} times in a row"))
+                    return self._give_up(number, self._died_too_often(clip))
         except BaseException as error:  # a fault of ours: the run ends with it, when the others are done
             self._failure = error
             self._backlog.close()
@@ -157,12 +168,12 @@ class Crew:
         except WorkerError as error:
             if self._requests:
                 ended = clip_event(clip, "interrupted", **known)
-            elif self._backlog.put_back(clip):
-                again = f"line {clip.line} goes back to the queue, replica {number} is lost: {error}"
-                self._record.show({**events.event("warning", message=again), "replica": number})
-                return False
             else:
-                ended = clip_event(clip, "failed", error, **known)
+                ended = self._deaths[clip.line] = clip_event(clip, "failed", error, **known)
+                if self._backlog.put_back(clip):
+                    again = f"line {clip.line} goes back to the queue, replica {number} is lost: {error}"
+                    self._record.show({**events.event("warning", message=again), "replica": number})
+                    return False
             alive = False
         except FlashtalkError as error:
             ended, alive = clip_event(clip, "failed", error, **known), True
@@ -171,6 +182,13 @@ class Crew:
         self._record.add(ended)
         self._backlog.finish()
         return alive
+
+    def _died_too_often(self, last: Clip) -> WorkerError:
+        """The error of a replica that is given up for its deaths."""
+        return WorkerError(
+            f"it died {DEATHS} times in a row, the last at line {last.line}; ask `flashtalk doctor`, "
+            f"or take the lines out that {self._record.path} calls failed"
+        )
 
     def _give_up(self, number: int, error: FlashtalkError) -> None:
         """Go on without a replica; without the last, end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing, nullcontext
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def render_all(
 ) -> int:
     """Render a manifest; the exit code. Raises ClipsError when some clips failed and the others are done."""
     log.setup(debug=debug)
+    started_s = time.monotonic()
     with choose(json=json) as display:
         preset_of(common.preset, common.sets, common.options, common.size)  # wrong for all is wrong at once
         planned = plan(manifest, common, lambda done, of: display.progress("look", done, of, "clips"))
@@ -34,11 +36,14 @@ def render_all(
         with closing(Record(results_path(manifest), display.show, n_clips)) as record:
             for ended in planned.ended:
                 record.add(ended)
-            left: list[Clip] = []
-            if planned.clips:
-                left = _work(planned.clips, record, display, replicas, ray, debug)
-            display.close()
-            return _end(record, left, json=json)
+            try:
+                if planned.clips:
+                    _work(planned.clips, record, display, replicas, ray, debug)
+            finally:  # also when no replica is left: what was done until then is done
+                display.close()
+                if record.clips and not json:
+                    show_summary(record)
+            return _end(record, time.monotonic() - started_s)
 
 
 def results_path(manifest: Path) -> Path:
@@ -48,8 +53,8 @@ def results_path(manifest: Path) -> Path:
 
 def _work(
     clips: list[Clip], record: Record, display: Display, replicas: int, ray: str | None, debug: bool
-) -> list[Clip]:
-    """Render clips; those that were not begun because the run was asked to end."""
+) -> None:
+    """Render clips, until all have come to an end or the run is asked to end."""
     first = clips[0].preset
     if not ray:  # whose cluster may have what this host lacks
         check_machine(first)
@@ -60,7 +65,7 @@ def _work(
         processes = _processes(first.compute, n_replicas, ray)
         clips = [clip for clip in clips if _can_be_split(clip, processes, record)]
         if not clips:
-            return []
+            return
         setup = Setup.of(clips, processes, debug)
         setup = setup.model_copy(update={"preset": _from_anywhere(setup.preset)})
         crew: list[Replica] = [
@@ -69,7 +74,7 @@ def _work(
             else LocalReplica(setup, launch.Share(number, n_replicas), requests, record.show, display.log)
             for number in range(n_replicas)
         ]
-        return Crew(crew, clips, record, requests).run()
+        Crew(crew, clips, record, requests).run()
 
 
 def _can_be_split(clip: Clip, processes: int, record: Record) -> bool:
@@ -115,11 +120,9 @@ def processes_each(compute: Compute, replicas: int) -> int:
     return each
 
 
-def _end(record: Record, left: list[Clip], *, json: bool) -> int:
-    """Show what became of the clips; the exit code."""
-    if not json:
-        show_summary(record, len(left))
-    if left or record.of("interrupted"):
+def _end(record: Record, elapsed_s: float) -> int:
+    """Say what became of the clips; the exit code."""
+    if record.n_left or record.of("interrupted"):
         record.show(event("interrupted", path=record.path))
         return INTERRUPTED_EXIT_CODE
     failed = record.of("failed")
@@ -130,6 +133,5 @@ def _end(record: Record, left: list[Clip], *, json: bool) -> int:
         raise ClipsError(
             f"{len(failed)} of {len(record.clips)} clips failed: {text}{more}; see {record.path}"
         )
-    elapsed_s = sum(clip.get("elapsed_s") or 0.0 for clip in record.clips)
     record.show(event("done", path=record.path, elapsed_s=elapsed_s))
     return 0

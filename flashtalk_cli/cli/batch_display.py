@@ -112,14 +112,14 @@ def choose(*, json: bool) -> Display:
     return ClipBars() if sys.stderr.isatty() else ClipLines()
 
 
-def show_summary(record: Record, n_left: int) -> None:
+def show_summary(record: Record) -> None:
     """A table of the clips on stderr; of many, only of those that did not go well."""
     from rich.console import Console
     from rich.table import Table
 
     states = ("done", "skipped", "failed", "interrupted")
     counts = {state: len(record.of(state)) for state in states}
-    counts["not begun"] = n_left
+    counts["not begun"] = record.n_left
     many = len(record.clips) > ROWS
     table = Table(title=", ".join(f"{n} {state}" for state, n in counts.items() if n))
     table.add_column("line", justify="right")

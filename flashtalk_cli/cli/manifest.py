@@ -71,12 +71,12 @@ def plan(manifest: Path, common: Request, progress: Callable[[int, int], None]) 
         for line in well_formed
         for path in (line.request.picture, line.request.speech)
     }
-    todo = [line for line in lines if common.overwrite or not os.path.isfile(line.output)]
-    ended += [
-        event("clip", line=line.number, output=line.output, state="skipped")
-        for line in lines
-        if line not in todo
-    ]
+    todo: list[Line] = []
+    for line in lines:
+        if common.overwrite or not os.path.isfile(line.output):
+            todo.append(line)
+        else:
+            ended.append(event("clip", line=line.number, output=line.output, state="skipped"))
     clips = []
     with ThreadPoolExecutor(LOOKERS) as pool:
         for done, found in enumerate(pool.map(lambda line: _looked_at(line, inputs), todo), start=1):
@@ -100,10 +100,13 @@ def read(manifest: Path, common: Request) -> tuple[list[Line], list[Event]]:
     failed: list[Event] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
+            given: dict[str, Any] = {}
             try:
-                lines.append(Line(number, _request(line, folder, common)))
+                given = _object(line)
+                lines.append(Line(number, _request(given, folder, common)))
             except FlashtalkError as error:
-                failed.append(_failed(number, error))
+                known = {"output": folder / given["output"]} if _is_text(given.get("output")) else {}
+                failed.append(_failed(number, error, **known))
     if not lines and not failed:
         raise InputError(
             f"{manifest}: has no clips; a line looks like {json.dumps(dict.fromkeys(PATHS, '…'))}"
@@ -111,8 +114,8 @@ def read(manifest: Path, common: Request) -> tuple[list[Line], list[Event]]:
     return lines, failed
 
 
-def _request(line: str, folder: Path, common: Request) -> Request:
-    """A line as the request that it stands for."""
+def _object(line: str) -> dict[str, Any]:
+    """The JSON object of a line."""
     try:
         given = json.loads(line)
         json.dumps(given, ensure_ascii=False).encode()  # "\\ud800" is JSON, but names no character
@@ -120,13 +123,23 @@ def _request(line: str, folder: Path, common: Request) -> Request:
         raise InputError(f"not JSON ({error}); one object a line") from None
     if not isinstance(given, dict):
         raise InputError(f"not an object but {line.strip()[:40]}; give at least {', '.join(PATHS)}")
+    return given
+
+
+def _is_text(value: Any) -> bool:
+    """Whether the value of a key can be a path or a size."""
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+def _request(given: dict[str, Any], folder: Path, common: Request) -> Request:
+    """An object as the request that it stands for."""
     if unknown := [key for key in given if key not in KEYS]:
         raise InputError(f"unknown key {unknown[0]!r}; keys are {', '.join(KEYS)}")
     if missing := [key for key in PATHS if key not in given]:
         raise InputError(f'key "{missing[0]}" is missing; give at least {", ".join(PATHS)}')
     for key in (*PATHS, "size"):
         value = given.get(key, common.size or "auto")
-        if not isinstance(value, str) or not value or "\0" in value:
+        if not _is_text(value):
             raise InputError(f"{key} is {value!r}; give a text")
     own: dict[str, tuple[str, Any]] = {
         key: (path, given[key]) for key, path in OPTIONS.items() if given.get(key) is not None

@@ -5,8 +5,8 @@
 writes `train.opus`, `train.npz`, `held_out.opus` and `held_out.npz`: utterances one after another
 and an index with their places, voices, texts and sounds. Held-out voices and sentences are in the
 second pair alone. Making it needs what speaks (`--engines` leaves some out): espeak-ng, flite, festival with its voices
-(`festival.SPEAKERS` names them; each is a package festvox-...), Kokoro's files (`kokoro.py` says which and where)
-and ffmpeg; using it needs only soundfile.
+(`festival.SPEAKERS` names them; each is a package festvox-...) and Kokoro's files (`kokoro.py` says which and
+where); using it needs only soundfile.
 
 `SpeechBank.draw` strings utterances of one voice together with pauses, so that an hour of bank is
 many hours of speech; `disturb` adds rooms, noise and gain to what a listener hears.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
-import shutil
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ from flashtalk_cli.distill.people.voices import ENGINES, HELD_OUT_SHARES, Uttera
 from flashtalk_cli.distill.tool import told_in_a_line
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.log import setup
+from flashtalk_cli.media.ffmpeg import find_ffmpeg
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,7 @@ def _said(voice: Voice, language: str, seed: int) -> tuple[str, Utterance]:
 
 def make(into: Path, split: str, hours: float, workers: int, engines: Sequence[str] = ENGINES) -> None:
     """Makes one split, `train` or `held_out`, of at least so many hours, with voices of these engines."""
-    ffmpeg = shutil.which("ffmpeg")
-    if ffmpeg is None:
-        raise InputError("ffmpeg is not installed: apt-get install ffmpeg")
+    ffmpeg = find_ffmpeg()  # before hours of speech, not after
     into.mkdir(parents=True, exist_ok=True)
     wanted, have, seed = hours * 3600 * SAMPLE_RATE_HZ, 0, 0
     starts, lengths, counts, groups = [], [], [], []
@@ -128,18 +127,8 @@ def make(into: Path, split: str, hours: float, workers: int, engines: Sequence[s
                     have += len(utterance.samples) + GAP_SAMPLES
                 seed += 1
             log.info("%s: %.2f of %.2f hours", split, have / 3600 / SAMPLE_RATE_HZ, hours)
-    table = np.asarray(sounds)
-    np.savez_compressed(
-        into / f"{split}.npz",
-        starts=np.asarray(starts),
-        lengths=np.asarray(lengths),
-        counts=np.asarray(counts),
-        groups=np.asarray(groups),
-        sounds=table[:, 0].astype(np.uint8),
-        times_ms=np.round(table[:, 1:] * 1000).astype(np.uint16),
-        texts=np.asarray(texts),
-        voices=np.asarray(voices),
-    )
+    index = into / f"{split}.npz"  # the last to be there: with it the split is complete
+    index.unlink(missing_ok=True)
     command = [
         ffmpeg,
         "-y",
@@ -160,6 +149,20 @@ def make(into: Path, split: str, hours: float, workers: int, engines: Sequence[s
         raise InputError(
             f"ffmpeg could not write {split}.opus (code {done.returncode}): {done.stderr.strip()[:200]}"
         )
+    part = into / f"{split}.part.npz"
+    table = np.asarray(sounds)
+    np.savez_compressed(
+        part,
+        starts=np.asarray(starts),
+        lengths=np.asarray(lengths),
+        counts=np.asarray(counts),
+        groups=np.asarray(groups),
+        sounds=table[:, 0].astype(np.uint8),
+        times_ms=np.round(table[:, 1:] * 1000).astype(np.uint16),
+        texts=np.asarray(texts),
+        voices=np.asarray(voices),
+    )
+    os.replace(part, index)
     wav.unlink()
 
 
