@@ -7,7 +7,8 @@ second of work; `realtime` is seconds of video made in a second of work.
     progress     name, done, total, unit  how far that part is; total is null when nobody knows
     chunk        index, chunks, frames_done, frames_total, fps, realtime, elapsed_s, eta_s
                                           a chunk was written; index counts from 0
-    report       data                     what a bench measured, see bench/report.py
+    report       data, comparison         what a bench measured, see bench/report.py; against an old report
+                                          bench/compare.py's Comparison, else null
     live         state, media_s, frames, chunks, realtime, latency, ahead_s, unspoken_s, repeated_frames,
                  jumps, silent_s, dropped_s, muted, source, position_s, restarts, sinks
                                           once a second of a live stream: live/status.py says what they are
@@ -52,7 +53,7 @@ KINDS = {
     "stage": {"name", "detail"},
     "progress": {"name", "done", "total", "unit"},
     "chunk": {"index", "chunks", "frames_done", "frames_total", "fps", "realtime", "elapsed_s", "eta_s"},
-    "report": {"data"},
+    "report": {"data", "comparison"},
     "live": {
         *("state", "media_s", "frames", "chunks", "realtime", "latency", "ahead_s", "unspoken_s"),
         *("repeated_frames", "jumps", "silent_s", "dropped_s", "muted", "source", "sinks"),

@@ -1,4 +1,4 @@
-"""Reports of benches that never ran, on a GPU that does not exist; for tests.
+"""Reports of benches that never ran, on a GPU that does not exist, and where those of real ones are; for tests.
 
 `python -m tests.bench_reports` writes the golden files anew, after a change of the form that is meant.
 """
@@ -18,6 +18,8 @@ from flashtalk_cli.bench.work import Work
 from flashtalk_cli.config import BenchJob, ModelChoice, Preset, Speech
 
 GOLDEN = Path(__file__).parent / "golden" / "bench_form"
+KEPT = Path(__file__).parent / "golden" / "bench"  # of real machines
+REPORTS = sorted(path for path in KEPT.glob("*.json") if "schema" in json.loads(path.read_text()))
 SPEECH = Speech(samples_path=Path("/none"), n_samples=16_000, loudness_lufs=None)
 FINGERPRINT = {
     "date": "2031-05-06T07:08:09+00:00",

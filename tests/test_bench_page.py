@@ -4,6 +4,7 @@ anew); the page stands alone, is well-formed, and a browser finds no text of a p
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from xml.etree import ElementTree
 
 import pytest
@@ -63,12 +64,57 @@ def test_a_cpus_report_has_no_plot_of_gpus():
     assert "over GPUs" not in page(report)
 
 
-def test_reports_of_other_settings_are_left_out_and_that_is_said():
+@pytest.mark.parametrize(
+    ("place", "change"),
+    [
+        ("setting", {"steps": 2}),
+        ("setting", {"offload": True}),  # which a title does not say
+        ("fingerprint", {"device": "Imaginary older GPU"}),
+    ],
+)
+def test_reports_of_another_device_or_setting_are_left_out_and_that_is_said(place, change):
     other = make(2)
-    other["setting"] = {**other["setting"], "steps": 2}
+    other[place] = {**other[place], **change}
     text = page(make(), [other])
-    assert "1 reports of other settings left out" in text
+    assert "1 report of another device or setting left out" in text
     assert "measured 18" not in text
+    assert "2 reports of another device or setting left out" in page(make(), [other, make(2), other])
+    assert "left out" not in page(make(), [make(2, 4)]), "the number of chunks is no matter"
+
+
+def test_beside_a_cpus_report_others_are_left_out_and_that_is_said():
+    report = make()
+    report["fingerprint"] = {**report["fingerprint"], "device_memory_gib": None}
+    assert "1 report left out: only GPUs are drawn" in page(report, [make(2)])
+    assert "left out" not in page(report)
+
+
+def overlapping(svg: str) -> list[tuple[str, str]]:
+    """Texts of a plot that touch: by the width of their letters, about, and with some room between lines."""
+    boxes = []
+    for text in ElementTree.fromstring(svg).iter("text"):
+        words = text.text or ""
+        width = len(words) * plots.LETTER
+        shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.attrib["text-anchor"]]
+        boxes.append((words, float(text.attrib["x"]) - shift * width, width, float(text.attrib["y"])))
+    return [
+        (a, b)
+        for (a, x, width, y), (b, other_x, other_width, other_y) in combinations(boxes, 2)
+        if x < other_x + other_width and other_x < x + width and abs(y - other_y) < 16
+    ]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [(1, 14.8), (2, 27.5), (4, 55.5), (8, 109.3)],  # the first is near the line
+        [(1, 3.3), (2, 6.5), (4, 12.7), (8, 24.0)],  # and the last
+        [(1, 24.0)],
+    ],
+)
+def test_what_the_line_of_real_time_means_is_not_written_over_a_points_label(points):
+    found = [Point(*point) for point in points]
+    assert overlapping(plots.scaling(found, found, 25.0, "note")) == []
 
 
 @pytest.mark.parametrize("limit", [0.0007, 0.9, 1.0, 3.3, 25, 117])

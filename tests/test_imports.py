@@ -52,7 +52,7 @@ ALLOWED = {
         *(*BASE, "log", "events", "presets", "launch", "live", "media", "models", "distill", "batch"),
         *("parallel", "bench"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "errors"},
     "__init__": set(),
 }
 HEAVY = {"torch", "transformers", "safetensors", "diffusers", "torchvision"}
@@ -69,6 +69,7 @@ ENVIRONMENT = {
         "GOMP_SPINCOUNT",
         "MKL_CBWR",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+        "TORCH_CPP_LOG_LEVEL",
         "MALLOC_TRIM_THRESHOLD_",
         "MALLOC_MMAP_THRESHOLD_",
     },

@@ -9,6 +9,7 @@ from typing import Any
 from flashtalk_cli.bench import plots, projection, words
 from flashtalk_cli.bench.words import milliseconds
 
+OF_A_COUNT = ("ranks", "split", "chunks", "warmup_chunks")  # settings in which reports of one plot may differ
 STYLE = """
 :root { color-scheme: light dark; --paper: #fdfdfc; --ink: #1c2026; --faint: #6a717b; --rule: #dfe2e6; }
 @media (prefers-color-scheme: dark) {
@@ -86,8 +87,9 @@ def _timeline_note(report: Mapping[str, Any]) -> str:
 def _scaling(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """Only for GPUs: processes that share a CPU's cores say nothing of more machines."""
     if report["fingerprint"]["device_memory_gib"] is None:
-        return ""
-    alike = [other for other in others if words.title(other) == words.title(report)]
+        said = f"{_reports(len(others))} left out: only GPUs are drawn"
+        return _section("Scaling", "", said) if others else ""
+    alike = [other for other in others if _of_a_count(other) == _of_a_count(report)]
     reports = [*alike, report]
     base = max(reports, key=lambda one: one["setting"]["ranks"])
     counted = projection.counts_exchanges(base)
@@ -98,7 +100,18 @@ def _scaling(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> 
         projection.measured(reports), projection.project(base), report["setting"]["fps"], note
     )
     left_out = len(others) - len(alike)
-    return _section("Scaling", plot, f"{left_out} reports of other settings left out" if left_out else "")
+    said = f"{_reports(left_out)} of another device or setting left out" if left_out else ""
+    return _section("Scaling", plot, said)
+
+
+def _of_a_count(report: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What two reports have to have in common to be points of one plot: the device, and all settings but the count."""
+    kept = {key: value for key, value in report["setting"].items() if key not in OF_A_COUNT}
+    return report["fingerprint"]["device"], kept
+
+
+def _reports(count: int) -> str:
+    return f"{count} report{'s' if count != 1 else ''}"
 
 
 def _parts(report: Mapping[str, Any]) -> str:

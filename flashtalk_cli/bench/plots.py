@@ -114,9 +114,7 @@ def scaling(measured: Sequence[Point], projected: Sequence[Point], real_time_fps
         _text(place(Point(n, 0))[0], top + height + 20, f"{n} GPU{'s' * (n > 1)}", "middle") for n in counts
     ]
     found.append(_line(LEFT, y_of(real_time_fps), WIDTH - RIGHT, y_of(real_time_fps), "limit"))
-    found.append(
-        _text(LEFT + 6, y_of(real_time_fps) - 5, f"real time: {real_time_fps:g} fps", "start", "strong")
-    )
+    found.append(_real_time((*measured, *projected), real_time_fps, y_of(real_time_fps) - 5))
     if projected:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, projected))
         found.append(f'<polyline class="projected" points="{path}"/>')
@@ -131,6 +129,14 @@ def scaling(measured: Sequence[Point], projected: Sequence[Point], real_time_fps
         found.append(_text(x, y - 12, f"measured {point.fps:.1f}", "middle", "strong"))
     found.append(_text(LEFT, top + height + 48, note, "start", "faint"))
     return _svg(top + height + 60, found, "frames a second over GPUs")
+
+
+def _real_time(points: Sequence[Point], fps: float, y: float) -> str:
+    """What the line means, at whichever end the points are farther from it: their own labels are there, too."""
+    first, last = (pick(points, key=lambda point: point.ranks) for pick in (min, max))
+    at_end = abs(last.fps - fps) >= abs(first.fps - fps)
+    x, anchor = (WIDTH - RIGHT, "end") if at_end else (LEFT + 6, "start")
+    return _text(x, y, f"real time: {fps:g} fps", anchor, "strong")
 
 
 def ticks(limit: float, about: int = 6) -> list[float]:

@@ -111,5 +111,5 @@ def comparison(found: Comparison) -> RenderableType:
     notes = [
         f"a slow-down of a chunk by {found.noticed:.0%} would have been noticed (noise, and {DRIFT:.0%} between runs)"
     ]
-    notes += [f"differs: {line}" for line in found.changed]
+    notes += [f"differs: {line}" for line in (*found.settings, *found.changed)]
     return Group(table, Text("\n".join(notes)))

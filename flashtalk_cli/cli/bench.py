@@ -13,6 +13,7 @@ from flashtalk_cli.cli.options import REPORT, SPEED, Debug, Gpus, Json, PresetNa
 
 if TYPE_CHECKING:
     from flashtalk_cli.bench.compare import Comparison
+    from flashtalk_cli.cli.display import Display
     from flashtalk_cli.config import Preset
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -30,6 +31,8 @@ Exit code 10: slower than the report of --compare, beyond noise.
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _KINDS = ("released", "random")
 _OF_MEASURING = ("preset", "chunks", "weights", "gpus", "sets")
+LOOK_S = 0.5
+BUSY_PERCENT = 20.0  # of all processors, before anything of ours runs
 
 
 def _file(name: str, metavar: str, help: str) -> Any:
@@ -75,39 +78,49 @@ def bench(
     debug: Debug = False,
 ) -> int:
     """Time chunks on this machine, part by part, and say what it can do live."""
-    from flashtalk_cli import events
-    from flashtalk_cli.bench.compare import check, read
-    from flashtalk_cli.bench.report import setting_of
-    from flashtalk_cli.cli.machine import processes_of
+    from flashtalk_cli.bench.form import read
+    from flashtalk_cli.cli.display import choose
+    from flashtalk_cli.events import event
 
-    old = read(compare) if compare else None
-    others = [read(path) for path in also or ()]
-    _check_writable(output, html)
-    if source is not None:
-        _refuse_measuring(context)
-        data = read(source)
+    began_s = time.monotonic()
+    with choose(json=json, video_on_stdout=False) as display:
+        _check_options(context, source, html, also)
+        old = read(compare) if compare else None
+        others = [read(path) for path in also or ()]
+        _check_writable(output, html)
+        if source is not None:
+            data = read(source)
+        else:
+            chosen = _preset(preset, weights, gpus, sets or [])
+            processes = _processes(chosen, old, chunks)
+            code, found = _measure(chosen, chunks, processes, display, debug=debug)
+            if found is None:
+                return code
+            data = found
+            if not json:  # to people it says that measuring is over; to programs, below, that all is
+                display.show(event("done", elapsed_s=time.monotonic() - began_s))
+        _publish(data, others, output, html)
+        _conclude(data, old, display, json=json)
         if json:
-            typer.echo(events.to_line(events.event("report", data=data)))
-    else:
-        chosen = _preset(preset, weights, gpus, sets or [])
-        processes = processes_of(chosen.compute)
-        if old:  # before anything is loaded
-            check(old, {**setting_of(chosen), "ranks": processes}, chunks)
-        code, found = _measure(chosen, chunks, processes, json=json, debug=debug)
-        if found is None:
-            return code
-        data = found
-    _publish(data, others, output, html)
-    return _conclude(data, old, json=json)
+            display.show(event("done", path=output, frames=None, elapsed_s=time.monotonic() - began_s))
+    return 0
 
 
-def _refuse_measuring(context: typer.Context) -> None:
-    """Options that say how to measure mean nothing where nothing is measured."""
+def _check_options(
+    context: typer.Context, source: Path | None, html: Path | None, also: list[Path] | None
+) -> None:
+    """Whether options go together: those that say how to measure mean nothing where nothing is measured."""
     from flashtalk_cli.errors import UsageError
 
+    if also and html is None:
+        raise UsageError(
+            "--also: its reports are drawn on the page of --html, which is missing; give --html FILE"
+        )
+    if source is None:
+        return
     for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name or "")
-        if parameter.name in _OF_MEASURING and source is not None and source.name == "COMMANDLINE":
+        given = context.get_parameter_source(parameter.name or "")
+        if parameter.name in _OF_MEASURING and given is not None and given.name == "COMMANDLINE":
             raise UsageError(f"{parameter.opts[0]}: --from measures nothing; leave out one of the two")
 
 
@@ -135,14 +148,25 @@ def _preset(name: str, weights: str | None, gpus: str | None, sets: list[str]) -
     return load(name, overrides)
 
 
+def _processes(preset: Preset, old: dict[str, Any] | None, chunks: int) -> int:
+    """How many will measure; that it can be compared with the old report is looked at before anything is loaded."""
+    from flashtalk_cli.bench.compare import check
+    from flashtalk_cli.bench.report import setting_of
+    from flashtalk_cli.cli.machine import processes_of
+
+    processes = processes_of(preset.compute)
+    if old:
+        check(old, {**setting_of(preset), "ranks": processes}, chunks)
+    return processes
+
+
 def _measure(
-    preset: Preset, chunks: int, processes: int, *, json: bool, debug: bool
+    preset: Preset, chunks: int, processes: int, display: Display, *, debug: bool
 ) -> tuple[int, dict[str, Any] | None]:
-    """Run the bench: its exit code, and its report if it came to one."""
+    """Run the bench: its exit code, and its report if it came to one. Neither that nor its end is shown here."""
     import tempfile
 
     from flashtalk_cli import launch, log
-    from flashtalk_cli.cli.display import choose
     from flashtalk_cli.cli.hosts import check_split
     from flashtalk_cli.cli.machine import cautions, check_machine
     from flashtalk_cli.config import BenchJob
@@ -159,13 +183,14 @@ def _measure(
     def on_event(happened: Event) -> None:
         if happened["event"] == "report":
             reports.append(happened["data"])
-        display.show(happened)
+        elif happened["event"] != "done":
+            display.show(happened)
 
-    with choose(json=json, video_on_stdout=False) as display, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         speech = prepare_speech(next((_ASSETS / "speech").glob("*.wav")), Path(folder))
         picture = next((_ASSETS / "portraits").glob("*.png"))
         check_split(preset, processes)
-        for text in cautions(preset, processes):
+        for text in (*cautions(preset, processes), *_busy()):
             display.show(event("warning", message=text))
         display.stage("start", "loading torch")
         job = BenchJob(
@@ -173,6 +198,18 @@ def _measure(
         )
         code = launch.run(job, on_event, debug=debug, on_log=display.log, processes=processes)
     return code, reports[-1] if reports and code == 0 else None
+
+
+def _busy() -> list[str]:
+    """A warning where others use this machine; asked before anything of ours runs."""
+    import psutil
+
+    used_percent = psutil.cpu_percent(LOOK_S)
+    if used_percent < BUSY_PERCENT:
+        return []
+    return [
+        f"other programs use {used_percent:.0f} % of this machine's processors, which slows what is measured; stop them and measure again"
+    ]
 
 
 def _publish(
@@ -201,25 +238,35 @@ def _write(path: Path, text: str) -> None:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def _conclude(data: dict[str, Any], old: dict[str, Any] | None, *, json: bool) -> int:
+def _conclude(data: dict[str, Any], old: dict[str, Any] | None, display: Display, *, json: bool) -> None:
     """Show the report and the comparison; raises SlowerError for a regression."""
+    from dataclasses import asdict
+
+    from flashtalk_cli.bench.compare import compare
+    from flashtalk_cli.events import event
+
+    found = None
+    try:
+        found = compare(old, data) if old else None
+    finally:  # what was measured is shown also where it cannot be compared
+        display.show(event("report", data=data, comparison=asdict(found) if found else None))
+        if not json:
+            _print(data, found)
+    if found and found.regressions:
+        raise _slower(found)
+
+
+def _print(data: dict[str, Any], found: Comparison | None) -> None:
+    """The report and the comparison as tables on standard output."""
     from rich.console import Console
 
     from flashtalk_cli.bench import table, words
-    from flashtalk_cli.bench.compare import compare
 
-    found = compare(old, data) if old else None
-    if not json:
-        console = Console()
-        console.print(table.tables(data))
-        if found:
-            console.print(table.comparison(found))
-        console.print(
-            f"\n[dim]a row for a table:[/]\n{words.readme_line(data)}", soft_wrap=True, highlight=False
-        )
-    if found and found.regressions:
-        raise _slower(found)
-    return 0
+    console = Console()
+    console.print(table.tables(data))
+    if found:
+        console.print(table.comparison(found))
+    console.print(f"\n[dim]a row for a table:[/]\n{words.readme_line(data)}", soft_wrap=True, highlight=False)
 
 
 def _slower(found: Comparison) -> Exception:
@@ -228,4 +275,5 @@ def _slower(found: Comparison) -> Exception:
     rows = ", ".join(
         f"{row.name} {row.ratio:.2f} times ({row.low:.2f} to {row.high:.2f})" for row in found.regressions
     )
-    return SlowerError(f"a regression beyond noise against the old report: {rows}")
+    differs = f"; differs: {', '.join(found.settings)}" if found.settings else ""
+    return SlowerError(f"a regression beyond noise against the old report: {rows}{differs}")
