@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ from flashtalk_cli.distill.people.phonemes import (
 )
 from flashtalk_cli.distill.people.render import Clip, Detail
 from flashtalk_cli.distill.people.spec import HELD_OUT_FROM, draw_person
-from flashtalk_cli.distill.people.voices import Voice, say
+from flashtalk_cli.distill.people.voices import Utterance, Voice, say
 from flashtalk_cli.errors import InputError
 
 ROUGH = Detail(texture=192, strands=150, sky_directions=2, shadow_side=48)
@@ -350,6 +351,45 @@ def test_a_bank_without_held_out_voices_is_refused_at_once(
         bank_module.main()
     assert "name one of flite, kokoro, espeak too" in capsys.readouterr().err
     assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_bank_has_its_index_when_it_is_complete(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int
+) -> None:
+    """The index comes last, after the sound: with it nothing is missing; without, that of a bank before is gone too."""
+    index, sound = tmp_path / "held_out.npz", tmp_path / "held_out.opus"
+    index.write_bytes(b"of another sound")
+
+    class Here:
+        """A pool of this process, in which nobody takes long to say something."""
+
+        def __init__(self, workers: int) -> None: ...
+        def __enter__(self) -> Here:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def imap(self, _: object, jobs: list[object]) -> list[list[object]]:
+            spoken = Utterance(np.full(16_000, 0.1, np.float32), (Sound(1, 0.0, 1.0),))
+            return [[(Voice("espeak", "me"), "yes", spoken)] for _ in jobs]
+
+    def encode(command: list[str], **_: object) -> SimpleNamespace:
+        assert not index.exists()
+        sound.write_bytes(b"sound")
+        return SimpleNamespace(returncode=code, stderr="no room")
+
+    monkeypatch.setattr(bank_module, "find_ffmpeg", lambda: "ffmpeg")
+    monkeypatch.setattr(bank_module.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Here))
+    monkeypatch.setattr(bank_module.subprocess, "run", encode)
+    if code:
+        with pytest.raises(InputError, match=r"could not write held_out\.opus \(code 1\): no room"):
+            bank_module.make(tmp_path, "held_out", hours=0.002, workers=1)
+        assert not index.exists()
+    else:
+        bank_module.make(tmp_path, "held_out", hours=0.002, workers=1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out.npz", "held_out.opus"]
+        with np.load(index) as stored:
+            assert len(stored["starts"]) == len(stored["counts"]) >= 8
 
 
 @needs_voices

@@ -4,7 +4,10 @@ each other (properties); folders of another model, or broken ones, are refused i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from toy_training import SIDE_PX, load_presets, write_bank, write_presets
 
 from flashtalk_cli.config import SAMPLE_RATE_HZ
-from flashtalk_cli.distill import shards
+from flashtalk_cli.distill import panel, people_data, shards
 from flashtalk_cli.distill.encoding import (
     Clip,
     Encoders,
@@ -22,7 +25,9 @@ from flashtalk_cli.distill.encoding import (
     window_starts,
 )
 from flashtalk_cli.distill.evaluate import loudness_of
+from flashtalk_cli.distill.people import clips
 from flashtalk_cli.distill.people.bank import SpeechBank
+from flashtalk_cli.distill.people.spec import HELD_OUT_FROM
 from flashtalk_cli.distill.people_data import Cast, draw_plan, merged
 from flashtalk_cli.distill.pool import Pool, Rows, open_pool
 from flashtalk_cli.distill.shards import windows_of
@@ -191,6 +196,37 @@ def test_generated_clips_are_repeatable_and_heard_around_their_ends(tmp_path: Pa
         draw_plan(0, bank, Cast.of(preset, base, 3, held_out=True)).spec.seed
         != draw_plan(0, bank, cast).spec.seed
     )
+
+
+@pytest.mark.parametrize("module", [people_data, clips, panel])
+def test_held_out_people_perform_like_nobody_in_training(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Manners follow from the person: those of held-out clip n are not those of training clip n."""
+    write_bank(tmp_path)
+    preset, base = load_presets(write_presets(tmp_path / "presets"))
+    bank = SpeechBank(tmp_path, "held_out")
+    seeds: list[int] = []
+
+    class Seen(Exception):
+        pass
+
+    def noted(*_: object, seed: int) -> NoReturn:
+        seeds.append(seed)
+        raise Seen
+
+    monkeypatch.setattr(module, "perform", noted)
+    encoders: Any = SimpleNamespace(base=base)
+    draws: dict[ModuleType, Callable[[bool], object]] = {
+        people_data: lambda held_out: draw_plan(3, bank, Cast.of(preset, base, 3, held_out)),
+        clips: lambda held_out: clips.draw_plan(3, bank, clips.Drawing(held_out=held_out)),
+        panel: lambda held_out: panel.draw_panel(encoders, tmp_path, preset.evaluation),
+    }
+    for held_out in (False, True):
+        with pytest.raises(Seen):
+            draws[module](held_out)
+    whoever = HELD_OUT_FROM + panel.FIRST_PERSON
+    assert seeds == ([whoever] * 2 if module is panel else [3, HELD_OUT_FROM + 3])
 
 
 def test_shards_put_together_number_their_clips_on() -> None:

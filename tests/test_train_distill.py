@@ -5,15 +5,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from toy_stages import LATENT_PX, distill_stage, make_toy
 
+from flashtalk_cli import presets
 from flashtalk_cli.distill import adapt, dmd
 from flashtalk_cli.distill.config import TrainPreset
 from flashtalk_cli.distill.rollout import Made
+from flashtalk_cli.errors import ConfigError
 from flashtalk_cli.models.dit import DitParams
+from flashtalk_cli.pipeline.schedule import times
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,45 @@ def test_motion_options(toy, clean: bool, align: bool) -> None:
     low, high = stage.points[2].item(), stage.points[1].item()
     assert low - 1e-5 <= seen.time.min()
     assert seen.time.max() <= high + 1e-5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_are_those_of_use(toy, shift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and what teacher and critic look at are shifted as rendering is."""
+    stage = distill_stage(toy, shift=shift, chunks=1, batch=2, micro_batch=2)
+    assert torch.equal(stage.points, times(stage.sampling.steps, shift))
+    drawn: list[float] = []
+    draw_times = dmd.losses.draw_times
+
+    def noted(n: int, shift: float, *more: Any) -> torch.Tensor:
+        drawn.append(shift)
+        return draw_times(n, shift, *more)
+
+    monkeypatch.setattr(dmd.losses, "draw_times", noted)
+    (rolled,) = stage.roll_out(dmd.Course(stage.pool.buckets[0], 1, from_picture=True))
+    stage.noised(rolled, 0, 0)
+    assert drawn == [shift]
+
+
+def test_stage_2_has_no_shift_of_its_own() -> None:
+    """Fault: a preset that would train for times that nobody uses is refused."""
+    asked = presets.Override("distill.shift", 3, "--set")
+    with pytest.raises(ConfigError, match=r"unknown key 'distill\.shift'"):
+        presets.load("mini", [asked], presets.Kind(TrainPreset, "train"))
+
+
+def test_what_is_carried_goes_to_the_device(toy) -> None:
+    """A checkpoint is on the host: people who wait to be gone on with are moved to where rollouts are made."""
+    stage = distill_stage(toy, carry=0.6)
+    stage.roll_out(stage.draw_course())
+    state = stage.state()
+    stage.own = SimpleNamespace(device=torch.device("meta"))  # type: ignore[assignment]
+    stage.load(state)
+    ((_, begun),) = stage.carried
+    assert all(
+        one.motion.is_meta and one.people.window.is_meta and one.people.picture.is_meta for one in begun
+    )
+    assert all(not parameter.is_meta for parameter in stage.student.parameters)
 
 
 def test_rollouts_go_on_where_earlier_ones_had_come_to(toy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from train_commands import flashtalk
 from flashtalk_cli.config import Canvas
 from flashtalk_cli.distill import filters, footage
 from flashtalk_cli.distill.shards import read_shard
+from flashtalk_cli.media.ffmpeg import find_ffmpeg
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def write_video(path: Path, *, still: bool, seconds: float = 2.0, sound: bool = 
     source = "color=gray:size=96x64:rate=30" if still else "testsrc2=size=96x64:rate=30"
     streams = ["-f", "lavfi", "-i", source] + (["-f", "lavfi", "-i", "sine=300"] if sound else [])
     subprocess.run(
-        ["ffmpeg", "-v", "error", "-y", *streams, "-t", str(seconds), "-pix_fmt", "yuv420p", str(path)],
+        [find_ffmpeg(), "-v", "error", "-y", *streams, "-t", str(seconds), "-pix_fmt", "yuv420p", str(path)],
         check=True,
     )
 
@@ -82,7 +83,7 @@ def test_sound_and_frames_of_footage_share_their_zero(toy: Path, tmp_path: Path)
     flash = "color=black:size=64x64:rate=25,drawbox=color=white:t=fill:enable='between(t,1,1.1)'"
     beep = "sine=440,volume=0:enable='lt(t,1)'"
     subprocess.run(
-        ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", flash, "-itsoffset", "0.3", "-f", "lavfi", "-i", beep,
+        [find_ffmpeg(), "-v", "error", "-y", "-f", "lavfi", "-i", flash, "-itsoffset", "0.3", "-f", "lavfi", "-i", beep,
          "-t", "2.5", "-pix_fmt", "yuv420p", str(path)], check=True,
     )  # fmt: skip
     from flashtalk_cli.presets import load

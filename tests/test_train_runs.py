@@ -3,12 +3,15 @@ diverged runs, other numbers of ranks, small machines told in one line (faults).
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import tiny_model
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from toy_stages import ALONE, CPU, adapt_stage, distill_stage, make_toy, network
 
 from flashtalk_cli.config import Canvas, Sampling
@@ -17,6 +20,7 @@ from flashtalk_cli.distill.config import Network, TrainPreset
 from flashtalk_cli.distill.metrics import Running
 from flashtalk_cli.errors import DeviceError, FlashtalkError, InputError, ModelError, OutputError
 from flashtalk_cli.events import Emitter
+from flashtalk_cli.models import export as models_export
 from flashtalk_cli.models.dit import DitParams
 from flashtalk_cli.models.folder import find
 from flashtalk_cli.models.tensors import MemorySource
@@ -133,9 +137,58 @@ def test_encoders_go_with_the_weights(toy, tmp_path: Path) -> None:
     (old / "README.md").write_text("a card")
     (new / "README.md").write_text("another")
     find(old).files("image")[0].unlink()
-    export._complete(old, find(new))
+    (old / "Wan2.1_VAE.pth").write_bytes(b"of the same, in another format")
+    sizes = find(new).speech_path / "config.json"
+    sizes.write_text(sizes.read_text() + " ")
+    voices = find(new).files("speech")[0]
+    voices.write_bytes(voices.read_bytes() + b"trained on")
+    with export._encoders(old, find(new)):
+        assert shards.digest_of(find(old)) != shards.digest_of(find(new)), "not before the weights are there"
     assert shards.digest_of(find(old)) == shards.digest_of(find(new))
     assert (old / "README.md").read_text() == "a card"
+    assert not (old / "Wan2.1_VAE.pth").exists()
+    assert (find(old).speech_path / "config.json").read_text() == sizes.read_text()
+    assert not list(old.rglob("*.part"))
+
+
+@pytest.mark.parametrize("full_at", range(4))
+def test_a_full_disk_leaves_a_model_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: int
+) -> None:
+    """Encoders and network stay together whichever file does not fit, of two encoders, sizes and the network."""
+    new, old, run = (tmp_path / name for name in ("new", "old", "run"))
+    for path in (new, old):
+        tiny_model.write(path)
+    for component in ("vae", "speech"):
+        (file,) = find(new).files(component)  # type: ignore[arg-type]
+        file.write_bytes(file.read_bytes() + b"trained on")
+    run.mkdir()
+    trained = {key: tensor + 1 for key, tensor in load_file(find(old).files("dit")[0]).items()}
+    save_file(trained, run / "weights.safetensors")
+    before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+    written, write = [], shutil.copyfile
+
+    def full(source: Path, target: Path) -> None:
+        if len(written) == full_at:
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        written.append(write(source, target))
+
+    def no_room(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        patch.setattr(models_export, "save_file", no_room)
+        with pytest.raises(OutputError, match="No space left on device"):
+            export.export(run, old, find(new))
+    assert len(written) == full_at
+    kept = {path: path.read_bytes() for path in old.rglob("*") if path.is_file() and path.suffix != ".part"}
+    assert kept == before
+    export.export(run, old, find(new))
+    assert shards.digest_of(find(old)) == shards.digest_of(find(new))
+    name, tensor = next(iter(load_file(find(old).files("dit")[0]).items()))
+    assert torch.equal(tensor, trained[name].to(torch.bfloat16))
 
 
 def test_faults_of_a_run(toy, tmp_path: Path) -> None:

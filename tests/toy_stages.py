@@ -93,7 +93,9 @@ def adapt_stage(toy: tuple[Path, TrainPreset, DitParams], dtype: str = "float32"
     return adapt.AdaptStage(trained, pool_of(toy), stage, 1, *generators)
 
 
-def distill_stage(toy: tuple[Path, TrainPreset, DitParams], **options: object) -> dmd.DistillStage:
+def distill_stage(
+    toy: tuple[Path, TrainPreset, DitParams], *, shift: float = 5.0, **options: object
+) -> dmd.DistillStage:
     folder, preset, params = toy
     stage = Distill.model_validate(preset.distill.model_dump() | options)
     student, critic = (Trained(network(params), stage.student, 10, ema) for ema in (stage.ema_decay, None))
@@ -103,6 +105,6 @@ def distill_stage(toy: tuple[Path, TrainPreset, DitParams], **options: object) -
         student.dit.head.head.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(6))
     student.adopt()
     vae = load_vae(find(str(folder / "presets" / "model")), CPU, torch.float32)
-    sampling = Sampling(chunk_frames=13, motion_frames=5)
+    sampling = Sampling(chunk_frames=13, motion_frames=5, shift=shift)
     generators = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
     return dmd.DistillStage(student, critic, teacher, vae, pool_of(toy), stage, sampling, 1, *generators)

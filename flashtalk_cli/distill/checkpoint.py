@@ -1,6 +1,7 @@
 """Checkpoints: all that a run needs to go on bit for bit, and the weights that it is for.
 
 OUT/checkpoint-00000500/rank-0.pt ...    one file a rank; renamed into place when all are written
+OUT/checkpoint-00000500.part             one that is being written or removed; the next save clears what was left
 OUT/weights.safetensors                  the moving average, in the released names
 """
 
@@ -31,12 +32,17 @@ def found_in(out: Path) -> list[Path]:
 def save(out: Path, step: int, state: dict[str, Any], ranks: Ranks, keep: int) -> Path:
     """Write a checkpoint, all ranks together, and remove all but the newest `keep`.
 
-    Raises OutputError when it cannot be written; what was there before stays.
+    A complete one of that step stays as it is: it is the same. Raises OutputError when it cannot be
+    written; what was there before stays.
     """
     path = out / f"{PREFIX}{step:08d}"
     part = path.with_name(f"{path.name}.part")
+    if ranks.any(ranks.leads and len(_files(path)) == ranks.size):
+        return path
     if ranks.leads:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in out.glob(f"{PREFIX}*.part"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _remove(path)
         part.mkdir(parents=True)
     ranks.wait()
     try:
@@ -46,30 +52,55 @@ def save(out: Path, step: int, state: dict[str, Any], ranks: Ranks, keep: int) -
         raise OutputError(f"{part} cannot be written ({reason}); {keep} checkpoints are kept there") from None
     ranks.wait()
     if ranks.leads:
-        shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
         for old in found_in(out)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     ranks.wait()
     return path
 
 
+def _files(path: Path) -> list[Path]:
+    """Those of a checkpoint's ranks that are there."""
+    return sorted(path.glob("rank-*.pt"))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves no half of it under a checkpoint's name."""
+    if path.is_dir():
+        part = path.with_name(f"{path.name}.part")
+        os.replace(path, part)
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def load(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """This rank's part of a checkpoint, on its device.
+    """This rank's part of a checkpoint, mapped from its file: a device need not hold it beside the networks.
 
     Raises InputError when it is broken, or was written by another number of ranks.
     """
-    n_ranks = len(list(path.glob("rank-*.pt")))
-    if n_ranks != ranks.size:
+    files, own = _files(path), path / f"rank-{ranks.rank}.pt"
+    if not files:
+        raise _broken(path, "no rank's file is there")
+    try:
+        readable = own if own in files else files[0]
+        state: dict[str, Any] = torch.load(readable, map_location="cpu", mmap=True, weights_only=True)
+        world = int(state["world"])
+    except torch.OutOfMemoryError:  # a RuntimeError too, which says nothing of the file
+        raise
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _broken(path, reason[:120]) from None
+    if len(files) != world:
+        raise _broken(path, f"files of {len(files)} ranks out of {world} are there")
+    if world != ranks.size:
         raise InputError(
-            f"{path} was written by {n_ranks} ranks, this run has {ranks.size}: use --gpus {n_ranks}, or "
+            f"{path} was written by {world} ranks, this run has {ranks.size}: use --gpus {world}, or "
             "begin in another folder with --no-resume"
         )
-    try:
-        return torch.load(path / f"rank-{ranks.rank}.pt", map_location=ranks.device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise InputError(f"{path} is broken ({reason}): remove it to go on from the one before") from None
+    return state
+
+
+def _broken(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is broken ({reason}): remove it to go on from the one before")
 
 
 def check_identity(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:

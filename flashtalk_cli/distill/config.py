@@ -93,7 +93,6 @@ class Distill(Frozen):
     critic_updates: int = Field(5, ge=1)  # for each of the student's, from the same rollout
     critic_warmup: int = Field(0, ge=0)  # rollouts for the critic alone, before the student's first update
     ema_decay: float = Field(0.95, ge=0, lt=1)
-    shift: float = Field(5.0, gt=0)
     chunks: int = Field(5, ge=1)  # K: a rollout has 1..K chunks, the last is scored
     first_motion: Literal["picture", "real", "mixed"] = "picture"  # what a rollout's first chunk continues
     carry: float = Field(0.0, ge=0, lt=1)  # rollouts that go on where an earlier one had come to: see `dmd`

@@ -130,7 +130,7 @@ class DistillStage:
         self.pool, self.stage, self.sampling = pool, stage, sampling
         self.shared, self.own = shared, own
         self.accumulated, self.per_pass = passes(stage.batch, stage.micro_batch, world)
-        self.points = times(sampling.steps, stage.shift)
+        self.points = times(sampling.steps, sampling.shift)  # those of use
         self.guidance = losses.Guidance(stage.text_guidance, stage.audio_guidance)
         self.carried: deque[tuple[int, tuple[Carried, ...]]] = deque(maxlen=CARRIED_ROLLOUTS)  # by bucket
 
@@ -280,7 +280,7 @@ class DistillStage:
         clean = hold_motion(made.guesses[kept], motion)
         noise = torch.randn(clean.shape, generator=self.own, device=self.own.device)
         high, low = self.points[kept : kept + 2].tolist()
-        time = losses.draw_times(len(clean), self.stage.shift, self.own, low, high)
+        time = losses.draw_times(len(clean), self.sampling.shift, self.own, low, high)
         x = losses.noised(clean, noise, time)
         if self.stage.clean_motion:
             x = hold_motion(x, motion)
@@ -303,13 +303,14 @@ class DistillStage:
         return {"student": self.student.state(), "critic": self.critic.state(), "carried": carried}
 
     def load(self, state: dict[str, Any]) -> None:
-        """From a checkpoint."""
+        """From a checkpoint, whose tensors are mapped from files."""
         self.student.load(state["student"])
         self.critic.load(state["critic"])
         self.carried.clear()
         for place, begun in state["carried"]:
+            here = [[tensor.to(self.own.device, copy=True) for tensor in one] for one in begun]
             self.carried.append(
-                (place, tuple(Carried(People(window, picture), motion) for window, picture, motion in begun))
+                (place, tuple(Carried(People(window, picture), motion) for window, picture, motion in here))
             )
 
     def weights(self) -> tuple[list[str], list[Tensor]]:

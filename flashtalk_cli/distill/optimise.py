@@ -140,7 +140,7 @@ def _moments_like(kept: dict[str, Tensor], parameter: Tensor) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for key, value in kept.items():
         if key == "step":  # a fused AdamW counts on the device
-            found[key] = value.to(parameter.device) if _fused(parameter) else value.cpu()
+            found[key] = value.to(parameter.device if _fused(parameter) else "cpu", copy=True)
             continue
         found[key] = torch.zeros_like(parameter, requires_grad=False)
         local(found[key]).copy_(value)

@@ -84,7 +84,7 @@ def draw_panel(
         speech = bank.draw(rng, n_frames + sampling.fps)
         specs.append(spec)
         engines.append(speech.voice.partition(":")[0])
-        performances.append(perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number))
+        performances.append(perform(spec, speech.sounds, speech.loudness, unit_names(), seed=spec.seed))
         gain = loudness_gain(speech.samples, base.hearing.loudness_lufs)
         sound.append((speech.samples * np.float32(gain)).astype(np.float32))
     frames, gaps, boxes = [], [], []

@@ -85,7 +85,7 @@ def draw_plan(number: int, bank: SpeechBank, cast: Cast) -> Plan:
     heard = disturb(speech.samples, rng)
     if speech.sounds == [] and rng.random() < 0.5:
         heard = np.zeros_like(heard)
-    whole = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number)
+    whole = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=spec.seed)
     shown = whole.cut(before, before + cast.n_frames)
     if rng.random() < ELSEWHERE_SHARE:
         shown = begin_elsewhere(shown, unit_names(), rng)

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from flashtalk_cli.distill.encoding import colour_of
 from flashtalk_cli.distill.shards import read_origin, read_shard, read_texts, shard_paths, windows_of
+from flashtalk_cli.distill.tables import Choices, Tables
 from flashtalk_cli.errors import InputError
 from flashtalk_cli.pipeline.colour import Statistics
 from flashtalk_cli.pipeline.session import MASK_CHANNELS
@@ -121,14 +122,16 @@ class Bucket:
         self.text = small("text").long().to(device)
         self.box = small("box").to(device)
         self.colour = small("colour").to(device)
-        tables = _Tables(
+        self.n_frames, self.new_frames = shards[0]["heard"].shape[1] - 4, new_frames
+        self._tables = tables = Tables(
             small("start").long(), numbered("clip"), numbered("picture_clip"), small("picture_frame").long()
         )
-        n_frames = shards[0]["heard"].shape[1] - 4
-        self.own, self.others, self.n_others = (table.to(device) for table in tables.pictures(n_frames))
+        self.own = tables.own().to(device)
+        self.others = tables.outside(self.n_frames).to(device)
         self.begins = (tables.start == 0).to(device)
         self.next, self.run = (table.to(device) for table in tables.chains(new_frames))
         self._chains: dict[int, Tensor] = {}
+        self._shown: dict[int, Choices] = {}
 
     def __len__(self) -> int:
         return len(self.own)
@@ -141,13 +144,21 @@ class Bucket:
     @cached_property
     def _middles(self) -> Tensor:
         """Windows with a picture outside themselves: examples of a later chunk."""
-        return torch.nonzero(self.n_others > 0).squeeze(1)
+        return torch.nonzero(self.others.counts > 0).squeeze(1)
 
     def chains_of(self, n_chunks: int) -> Tensor:
         """Windows that `n_chunks - 1` others of their clip follow, and that have a picture."""
         if n_chunks not in self._chains:  # once: on a GPU the host waits for the count
-            self._chains[n_chunks] = torch.nonzero((self.run >= n_chunks) & (self.n_others > 0)).squeeze(1)
+            fits = (self.run >= n_chunks) & (self.others.counts > 0)
+            self._chains[n_chunks] = torch.nonzero(fits).squeeze(1)
         return self._chains[n_chunks]
+
+    def shown_in(self, n_chunks: int) -> Choices:
+        """For each window the pictures that a rollout of that many chunks from there may be shown: see `draw_people`."""
+        if n_chunks not in self._shown:
+            span = self.n_frames + (n_chunks - 1) * self.new_frames
+            self._shown[n_chunks] = self._tables.of_rollouts(self.n_frames, span).to(self.device)
+        return self._shown[n_chunks]
 
     def draw(self, n: int, first_share: float, own: Generator) -> Batch:
         """n examples; `first_share` of them are a video's first chunk, shown their own first frame.
@@ -161,7 +172,7 @@ class Bucket:
         later = self._pick(self._middles, n, own) if len(self._middles) else None
         index = first if later is None else later if first is None else torch.where(begins, first, later)
         assert index is not None, "checked when the folder was opened"
-        picture = torch.where(begins, self.own[index], self._other(index, own))
+        picture = torch.where(begins, self.own[index], self._one_of(self.others, index, own))
         latents = self.rows["latents"].take(index).float()
         y, tokens = self._picture(picture)
         return Batch(
@@ -175,9 +186,13 @@ class Bucket:
         )
 
     def draw_people(self, n: int, n_chunks: int, own: Generator) -> People:
-        """n people who talk for n_chunks chunks or longer, each with a picture outside the first of them."""
+        """n people who talk for n_chunks chunks or longer, each with a picture from outside all of them.
+
+        Where the clip has none, as when it is no longer than they are, theirs is the first frame: the chunks
+        continue it, as in use, and do not make it.
+        """
         window = self._pick(self.chains_of(n_chunks), n, own)
-        return People(window, self._other(window, own))
+        return People(window, self._one_of(self.shown_in(n_chunks), window, own))
 
     def talk_of(self, people: People, n_chunks: int) -> Talk:
         """What they look like, and say in n_chunks chunks."""
@@ -207,52 +222,16 @@ class Bucket:
         mask[:, :, 0] = 1
         return torch.cat([mask, latents], dim=1), self.rows["tokens"].take(picture)
 
-    def _other(self, index: Tensor, own: Generator) -> Tensor:
-        """For each window a picture of its clip that is not one of its frames."""
-        place = (self._uniform(len(index), own) * self.n_others[index]).long()
-        return self.others[index].gather(1, place[:, None]).squeeze(1)
+    def _one_of(self, pictures: Choices, index: Tensor, own: Generator) -> Tensor:
+        """For each window one of its pictures."""
+        place = (self._uniform(len(index), own) * pictures.counts[index]).long()
+        return pictures.table[index].gather(1, place[:, None]).squeeze(1)
 
     def _pick(self, among: Tensor, n: int, own: Generator) -> Tensor:
         return among[(self._uniform(n, own) * len(among)).long()]
 
     def _uniform(self, n: int, own: Generator) -> Tensor:
         return torch.rand(n, generator=own, device=own.device).to(self.device)
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """Which windows and pictures belong together, worked out once."""
-
-    start: Tensor
-    clip: Tensor
-    picture_clip: Tensor
-    picture_frame: Tensor
-
-    def pictures(self, n_frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For each window: the picture that is its first frame (-1: none), and those outside it."""
-        of_clip: dict[int, list[int]] = {}
-        for number, clip in enumerate(self.picture_clip.tolist()):
-            of_clip.setdefault(clip, []).append(number)
-        frames = self.picture_frame.tolist()
-        own, others = [], []
-        for start, clip in zip(self.start.tolist(), self.clip.tolist(), strict=True):
-            shown = of_clip.get(clip, [])
-            own.append(next((p for p in shown if frames[p] == start), -1))
-            others.append([p for p in shown if not start <= frames[p] < start + n_frames])
-        widest = max(1, max(map(len, others)))
-        table = torch.tensor([found + [0] * (widest - len(found)) for found in others])
-        return torch.tensor(own), table, torch.tensor([len(found) for found in others])
-
-    def chains(self, new_frames: int) -> tuple[Tensor, Tensor]:
-        """For each window: the one that follows it as the next chunk (itself: none), and how many do, itself counted."""
-        places = {pair: i for i, pair in enumerate(zip(self.clip.tolist(), self.start.tolist(), strict=True))}
-        following = [places.get((clip, start + new_frames), -1) for clip, start in places]
-        run = [1] * len(following)
-        for place in sorted(range(len(run)), key=lambda i: -int(self.start[i])):
-            if following[place] >= 0:
-                run[place] = 1 + run[following[place]]
-        kept = [place if found < 0 else found for place, found in enumerate(following)]
-        return torch.tensor(kept), torch.tensor(run)
 
 
 class Pool:

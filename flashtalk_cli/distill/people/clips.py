@@ -87,7 +87,7 @@ def draw_plan(number: int, bank: SpeechBank, drawing: Drawing) -> Plan:
     rng = np.random.default_rng((3, number, drawing.held_out))
     spec = draw_person(number + (HELD_OUT_FROM if drawing.held_out else 0))
     speech = bank.draw(rng, drawing.n_frames)
-    performance = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=number)
+    performance = perform(spec, speech.sounds, speech.loudness, unit_names(), seed=spec.seed)
     backdrop = draw_backdrop(spec, drawing.height_px, drawing.width_px)
     return Plan(spec, speech, disturb(speech.samples, rng), performance, backdrop)
 
