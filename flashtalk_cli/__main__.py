@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-from flashtalk_cli.cli.app import run
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # of errors.py, which is not loaded yet
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -19,7 +19,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` ignores it
         signal.signal(signal.SIGHUP, _end)
-    sys.exit(run(sys.argv[1:]))
+    try:
+        from flashtalk_cli.cli.app import run  # takes its time to load, and may be interrupted there
+
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def render(worker: Worker, job: RenderJob, stop: threading.Event, stdout: int) -
     hear = worker.hearing()
     pieces = make_frames(worker, models, prepare(models, picture, text, image), hear, job.n_frames, stop)
     if worker.ranks.leads:
-        return write(worker, job, pieces, stdout)
+        return write(worker, job, pieces, stdout, stop)
     assert not list(pieces), "frames go to rank 0"
     return 0
 
@@ -249,7 +249,9 @@ def make_frames(
             yield last
 
 
-def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int) -> int:
+def write(
+    worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int, stop: threading.Event
+) -> int:
     """Write frames to the job's file as they come; the exit code."""
     canvas, sampling = job.preset.canvas, job.preset.sampling
     video_file = VideoFile(
@@ -263,6 +265,7 @@ def write(worker: Worker, job: RenderJob, pieces: Iterator[Tensor], stdout: int)
         comment=worker.comment(),
         overwrite=job.overwrite,
         stdout=stdout,
+        stop=stop,
     )
     worker.emitter.emit("stage", name="render", detail=f"{job.n_frames} frames")
     started_s = time.perf_counter()

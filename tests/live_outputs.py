@@ -18,7 +18,8 @@ import pytest
 
 from flashtalk_cli.config import Encoding
 from flashtalk_cli.media.ffmpeg import find_ffmpeg
-from flashtalk_cli.media.live.encoder import LiveEncoder, LivePolicy
+from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.media.live.limits import LivePolicy
 from flashtalk_cli.media.live.statistics import SinkStatistics
 from flashtalk_cli.media.live.targets import Target
 from flashtalk_cli.media.live.units import FlvReader

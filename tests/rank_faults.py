@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 from flashtalk_cli import rendering, worker
 from flashtalk_cli.config import RenderJob
 from flashtalk_cli.errors import ModelError
+from flashtalk_cli.media.ffmpeg import candidates, encoders
 from flashtalk_cli.pipeline import session
 from flashtalk_cli.rendering import Worker
 
@@ -38,7 +38,7 @@ def fail(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def counting(here: Worker, job: RenderJob, pieces: Iterable[Tensor], stdout: int) -> int:
+def counting(here: Worker, job: RenderJob, pieces: Iterable[Tensor], *_: object) -> int:
     """Write nothing, for machines without ffmpeg: count the chunks."""
     frames = 0
     for piece in pieces:
@@ -64,7 +64,7 @@ def loading(here: Worker) -> object:
         return velocity(*arguments)
 
     session._velocity = failing
-    if not shutil.which("ffmpeg"):
+    if not any(map(encoders, candidates())):
         rendering.write = counting
     return load_models(here)
 

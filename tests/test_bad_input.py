@@ -164,7 +164,12 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "attention of a GPU on a CPU": ([*GOOD, "--set", "compute.attention=fa3"], 7, "compute.attention=auto"),
     "offloading from a CPU": ([*GOOD, "--offload"], 7, "leave it out"),
     "weights unknown": ([*GOOD, "--weights", "best"], 3, "accepted: released, random"),
-    "size not of sixteens": ([*GOOD, "--size", "100x160"], 3, "100 does not divide by 16"),
+    "size not of sixteens": ([*GOOD, "--size", "100x160"], 3, "multiples of 16: take 96x160 or 112x160"),
+    "picture is an address": (
+        ["https://x.y/a.png", "s.wav"],
+        4,
+        "https://x.y/a.png: is an address, not a file; save it",
+    ),
     "size too small": ([*GOOD, "--size", "48x64"], 3, "from 64 to 4096"),
     "size no size": ([*GOOD, "--size", "large"], 3, "WIDTHxHEIGHT"),
     "size upside down": ([*GOOD, "--size", "0x-16"], 3, "WIDTHxHEIGHT"),

@@ -198,11 +198,12 @@ def test_the_prepared_sound_does_not_outlive_the_run(inputs, jobs):
     assert not jobs[0].speech.samples_path.exists()
 
 
-def test_a_long_sound_shows_how_much_is_ready(inputs, jobs, monkeypatch, capsys):
+@pytest.mark.parametrize("ready_s", [90, 0])
+def test_a_long_sound_shows_how_much_is_ready(inputs, jobs, monkeypatch, capsys, ready_s):
     whole = request.prepare_speech
 
     def slow(path, folder):
-        (folder / "half").write_bytes(bytes(request.BYTES_PER_SECOND * 90))
+        (folder / "half").write_bytes(bytes(request.BYTES_PER_SECOND * ready_s))
         time.sleep(0.3)
         return whole(path, folder)
 
@@ -211,7 +212,11 @@ def test_a_long_sound_shows_how_much_is_ready(inputs, jobs, monkeypatch, capsys)
     assert run([*RENDER, "--json"]) == 0
     seen = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     reports = [e for e in seen if e["event"] == "progress"]
-    assert reports[0] == {"event": "progress", "name": "sound", "done": 90.0, "total": None, "unit": "s"}
+    if not ready_s:
+        assert reports == [], "0 s would read as the length of the sound"
+    else:
+        expected = {"event": "progress", "name": "sound", "done": 90.0, "total": None, "unit": "s"}
+        assert reports[0] == expected
     assert [e["event"] for e in seen if e["event"] != "progress"][-1] == "done"
 
 
@@ -268,8 +273,9 @@ def test_checks_come_in_the_order_of_their_cost(inputs, jobs, capsys):
     ("gpus", "options", "said"),
     [
         (0, ["--preset", "soulx-14b"], "soulx-14b needs a GPU and this machine has none: take --preset mini"),
-        (0, ["--preset", "h200x2-realtime"], "--device cpu"),
-        (0, ["--device", "cuda"], "mini needs a GPU"),
+        (0, ["--preset", "h200x2-realtime"], "machine has none: take --preset mini, which is for a CPU"),
+        (0, ["--device", "cuda", "--model", "model"], "or --device cpu, or --set compute.device=cpu where"),
+        (0, ["--device", "cuda"], "this machine has no GPU, and mini needs none: leave out --device cuda"),
         (1, ["--preset", "h200x2-realtime"], "needs 2 GPUs, this machine has 1: lower --gpus"),
         (0, ["--device", "auto", "--set", "precision.dit=fp8"], "--set precision.dit=auto"),
         (0, ["--device", "auto", "--offload"], "leave it out"),
@@ -282,7 +288,9 @@ def test_a_machine_that_cannot_run_it_is_told_before_a_model_is_missed(
     """Fault: nobody fetches 55 GB to learn that there is no GPU for them."""
     monkeypatch.setattr(machine, "most_gpus", lambda: gpus)
     assert run(["render", "portrait.png", "hello.wav", *options]) == 7
-    assert said in error_line(capsys)
+    told = error_line(capsys)
+    assert said in told
+    assert "--device cpu" not in told or "--model" in options, "the released model on a CPU takes days"
     assert not jobs
 
 
@@ -415,6 +423,21 @@ def test_terminated_while_it_checks_leaves_nothing(inputs, tmp_path_factory):
     assert ended.returncode == 130
     assert "interrupted" in ended.stderr
     assert list(temporary.iterdir()) == []
+
+
+def test_interrupted_while_it_loads_says_nothing():
+    """A Ctrl-C while the commands are imported: no traceback."""
+    code = (
+        f"import sys, os, signal; sys.path.insert(0, {str(ROOT)!r})\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'flashtalk_cli.cli.app': signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from flashtalk_cli import __main__; __main__.main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 # What a program is told

@@ -62,10 +62,16 @@ def run(body: str, **options):
     return launch.run(Job(), seen.append, command=fake(body), **options), seen
 
 
-def parent(body: str, clean_end_s: float = 10.0) -> subprocess.Popen:
-    """A process that runs a fake worker, to be sent signals."""
+def parent(
+    body: str, clean_end_s: float = 10.0, hangup: signal.Handlers = signal.SIG_DFL
+) -> subprocess.Popen:
+    """A process that runs a fake worker, to be sent signals. `hangup` is how it finds SIGHUP, however tests are run."""
     arguments = [sys.executable, "-c", PARENT, body, str(clean_end_s)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGHUP, hangup)
+    try:
+        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def gone(pid: int, within_s: float = 5.0) -> bool:
@@ -264,13 +270,10 @@ def test_a_signal_asks_the_worker_once_and_lets_it_end(number):
 
 def test_a_run_under_nohup_outlives_its_terminal():
     """SIGHUP stays ignored where this process was started to ignore it; other signals are heeded."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        process = parent(
-            SLOW + "while not ends: time.sleep(0.02)\nemitter.emit('interrupted', path=None, frames=0)"
-        )
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = parent(
+        SLOW + "while not ends: time.sleep(0.02)\nemitter.emit('interrupted', path=None, frames=0)",
+        hangup=signal.SIG_IGN,
+    )
     assert "ready" in process.stdout.readline()
     process.send_signal(signal.SIGHUP)
     with pytest.raises(subprocess.TimeoutExpired):

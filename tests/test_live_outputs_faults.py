@@ -28,6 +28,7 @@ from live_outputs import (
 )
 
 from flashtalk_cli.errors import OutputError
+from flashtalk_cli.media.live import supervise
 from flashtalk_cli.media.live.commands import Sending
 from flashtalk_cli.media.live.encoder import LiveEncoder
 from flashtalk_cli.media.live.sink_process import SinkProcess
@@ -56,6 +57,25 @@ def test_segments_go_on_when_their_writer_is_killed(tmp_path):
     assert len(told) == 2
     assert "SIGKILL" in told[0]
     assert "back after" in told[1]
+
+
+def test_segments_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
+    """Instead of empty segments that ffmpeg makes without a word: one line, and one when there is room again."""
+    told: list[str] = []
+    full = threading.Event()
+    monkeypatch.setattr(supervise, "disk_is_full", lambda place: full.is_set())
+    with live([parse_target("hls", str(tmp_path / "hls"))], told) as encoder:
+        sent = send_until(encoder, 0, lambda: of_kind(encoder, "hls").state == "live")
+        full.set()
+        sent = send_until(encoder, sent, lambda: of_kind(encoder, "hls").reconnects > 1)
+        assert of_kind(encoder, "hls").state != "live"
+        full.clear()
+        sent = send_until(encoder, sent, lambda: of_kind(encoder, "hls").state == "live")
+        assert encoder.end(10)
+    assert len(told) == 2
+    assert "No space left on device; trying again" in told[0]
+    assert "back after" in told[1]
+    assert n_frames(tmp_path / "hls" / "index.m3u8") > 0
 
 
 def test_a_reader_that_goes_away_ends_only_its_output(tmp_path):

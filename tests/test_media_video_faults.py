@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -95,23 +94,6 @@ def test_ffmpeg_killed(tmp_path: Path, sound: Path) -> None:
     assert found.video is not None
     assert 45 <= found.video.n_frames < 330
     assert found.audio is not None
-
-
-def test_ffmpeg_that_hangs_is_killed_on_abort(
-    tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault: an encoder that neither reads nor ends cannot make us wait for ever."""
-    monkeypatch.setattr(video_file, "ABORT_S", 0.5)
-    with opened(tmp_path / "a.mp4", 4000, sound) as video:
-        assert video.pid is not None
-        os.kill(video.pid, signal.SIGSTOP)
-        filler = threading.Thread(target=lambda: [video.write(frames(10)) for _ in range(3)])
-        filler.start()
-        filler.join(20)
-        started = time.monotonic()
-        video.abort()
-    assert time.monotonic() - started < 10
-    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_a_sound_that_ffmpeg_cannot_read(tmp_path: Path) -> None:

@@ -467,6 +467,6 @@ def test_a_file_may_take_long_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     job = RenderJob.model_construct(
         preset=preset, output=tmp_path / "x.mp4", speech=speech, audio=tmp_path / "x.wav", overwrite=False
     )
-    rendering.write(worker, job, iter([torch.zeros(2, 4, 4, 3, dtype=torch.uint8)]), -1)
+    rendering.write(worker, job, iter([torch.zeros(2, 4, 4, 3, dtype=torch.uint8)]), -1, threading.Event())
     assert done == ["finished" if n_frames == 2 else "interrupted"]
     assert not ranks.pulse._resting

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -55,6 +55,19 @@ def test_an_agent_speaks_interrupts_leaves_and_comes_back() -> None:
             agent.send(np.zeros(1600, "<i2").tobytes())
             agent.send(json.dumps({"type": "end"}))
             wait_until(lambda: store.ended)
+
+
+def test_after_an_interrupt_sound_begins_with_a_whole_sample() -> None:
+    """A message of an odd length was dropped: half a sample of it would make loud noise of all that follows."""
+    with listening() as (source, url, store), connect(url) as agent:
+        source.on_interrupt = store.interrupt
+        agent.recv(timeout=5)
+        agent.send(bytes(9001))
+        agent.send(json.dumps({"type": "interrupt"}))
+        agent.recv(timeout=5)
+        agent.send(np.full(16_000, 3, "<i2").tobytes())
+        wait_until(lambda: store.unspoken_s > 0.9)
+        assert np.abs(store.take(FPS // 2).samples).max() < 100 / 32_768
 
 
 def test_only_who_shows_the_token_may_speak() -> None:
@@ -219,6 +232,35 @@ def test_of_strangers_only_so_many_are_listened_to_at_once(monkeypatch) -> None:
         for stranger in strangers:
             stranger.close()
         wait_until(lambda: comes_in(url))
+
+
+@pytest.mark.parametrize("stranger", ["silent", "nonsense", "busy", "the agent itself"])
+def test_nobody_who_stays_delays_the_end(stranger) -> None:
+    """Connected and waiting, with no HTTP, or turned away and not leaving; an agent that does not close gets a second."""
+    with listening() as (source, url, store), ExitStack() as stack:
+        place = ("127.0.0.1", source.address.port)
+
+        def call(words: bytes = b"") -> socket.socket:
+            line = stack.enter_context(socket.create_connection(place, 5))
+            line.sendall(words)
+            return line
+
+        upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        upgrade += b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        end = b'{"type": "end"}'
+        if stranger == "the agent itself":
+            agent = call(upgrade)
+            agent.recv(1000)
+            agent.sendall(bytes([0x81, 0x80 | len(end), 0, 0, 0, 0]) + end)
+        else:
+            with connect(url) as polite:
+                polite.recv(timeout=5)
+                call({"silent": b"", "nonsense": b"\x16\x03\x01\r\n", "busy": upgrade}[stranger])
+                time.sleep(0.2)
+                polite.send(end.decode())
+        began_s = time.monotonic()
+        wait_until(lambda: store.ended, 5)
+        assert time.monotonic() - began_s < (listen.CLOSING_S + 1 if stranger == "the agent itself" else 0.8)
 
 
 def comes_in(url: str) -> bool:

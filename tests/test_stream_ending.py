@@ -8,24 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import soundfile
 from live_outputs import n_frames
+from noisy_stream import Noisy, Told, job_in
 from stream_process import Stream, furnish
 
-from flashtalk_cli.config import SoundSource, StreamJob
 from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
-from flashtalk_cli.events import Emitter, Event
 from flashtalk_cli.live import session
 from flashtalk_cli.live.ending import GRACE_S, Ending
-from flashtalk_cli.live.timeline import Taken
 from flashtalk_cli.media.live.encoder import LiveEncoder
-from flashtalk_cli.presets import Override, load
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSY = f"""
@@ -38,6 +32,7 @@ def end(late):
     print("ended", late)
     if "fail" in sys.argv:
         raise RuntimeError
+    return 6 if "lost" in sys.argv else 0
 watched = outlived(stop, 0.0, lambda: 130) if "early" in sys.argv else Ending(stop, end).watched()
 with heard_at_once(stop), watched:
     print("ready", flush=True)
@@ -47,7 +42,12 @@ with heard_at_once(stop), watched:
 
 @pytest.mark.parametrize(
     ("word", "code", "said"),
-    [("on air", 0, "ended True"), ("fail", 1, "ended True"), ("early", INTERRUPTED_EXIT_CODE, "")],
+    [
+        ("on air", 0, "ended True"),
+        ("fail", 1, "ended True"),
+        ("lost", 6, "ended True"),
+        ("early", INTERRUPTED_EXIT_CODE, ""),
+    ],
 )
 def test_a_process_inside_a_long_call_ends_when_asked(word, code, said) -> None:
     with subprocess.Popen([sys.executable, "-c", BUSY, word], stdout=-1, stderr=-1, text=True) as busy:
@@ -65,52 +65,25 @@ def test_what_ends_a_stream_is_done_once() -> None:
     """By whoever comes first, and the second waits until it is done."""
     done: list[bool] = []
 
-    def end(late: bool) -> None:
+    def end(late: bool) -> int:
         time.sleep(0.1)
         done.append(late)
+        return 6
 
     ending = Ending(threading.Event(), end)
     threads = [threading.Thread(target=ending, args=(late,)) for late in (True, True)]
     for thread in threads:
         thread.start()
-    ending()
+    assert ending() == 6
     assert len(done) == 1
     for thread in threads:
         thread.join()
     assert len(done) == 1
 
 
-class Noisy:
-    """A performer of 28 frames a chunk that fill buffers, for they do not compress."""
-
-    def perform(self, sound: Taken, heard: np.ndarray) -> Generator[np.ndarray, None, None]:
-        yield np.random.default_rng(0).integers(0, 256, (28, 64, 64, 3), np.uint8)
-
-    def rewind(self) -> None:
-        """There is nothing to go back to."""
-
-
-class Told(Emitter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.events: list[Event] = []
-
-    def send(self, happened: Event) -> None:
-        self.events.append(happened)
-
-
 def test_a_request_to_stop_shortens_the_wait_for_an_output_that_takes_nothing(tmp_path, monkeypatch) -> None:
     """The sound is over and whoever reads standard output has paused: then the recording is whole, and code 0."""
-    soundfile.write(tmp_path / "s.wav", np.zeros(24_000), 16_000)
-    job = StreamJob(
-        preset=load("mini", [Override(f"canvas.{side}_px", 64, "--size") for side in ("width", "height")]),
-        picture=tmp_path / "p.png",
-        source=SoundSource(kind="file", where=str(tmp_path / "s.wav")),
-        targets=(("stdout", "-"), ("file", str(tmp_path / "kept.mp4"))),
-        control=tmp_path / "c.sock",
-    )
+    job = job_in(tmp_path, ("stdout", "-"), ("file", str(tmp_path / "kept.mp4")))
     stop, asked_s = threading.Event(), []
     end = LiveEncoder.end
 

@@ -35,7 +35,8 @@ from flashtalk_cli.live.loop import Loop, Manners
 from flashtalk_cli.live.pacing import JUMP_S
 from flashtalk_cli.live.sources import FfmpegSource, Source, StdinSource
 from flashtalk_cli.live.timeline import Taken, Timeline
-from flashtalk_cli.media.live.encoder import LiveEncoder, LivePolicy
+from flashtalk_cli.media.live.encoder import LiveEncoder
+from flashtalk_cli.media.live.limits import LivePolicy
 from flashtalk_cli.media.live.targets import Target, parse_target
 from flashtalk_cli.media.probe import probe
 

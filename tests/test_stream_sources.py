@@ -15,6 +15,7 @@ from stream_parts import FPS, running, timeline, wait_until
 
 from flashtalk_cli.config import PcmFormat, SoundSource
 from flashtalk_cli.errors import InputError, UsageError
+from flashtalk_cli.live import sources
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.inputs import parse_pcm, parse_source
 from flashtalk_cli.live.sources import Decoder, FfmpegSource, StdinSource, ffmpeg_input
@@ -140,6 +141,25 @@ def test_a_playlist_from_outside_reads_no_file_here(tmp_path) -> None:
     assert store.arrived_samples == 0
     options = command(ffmpeg_input(SoundSource(kind="url", where=where)).output("-"))
     assert "file" not in options[options.index("-protocol_whitelist") + 1].split(",")
+
+
+@pytest.mark.parametrize(
+    ("where", "of_4", "named"),
+    [
+        ("rtsp://h/a", False, "timeout"),
+        ("rtsp://h/a", True, "stimeout"),  # there, `timeout` makes ffmpeg a server
+        ("http://h/a", False, "rw_timeout"),
+        ("rtmp://h/a/k", False, "rw_timeout"),
+        ("udp://h:1", False, ""),
+    ],
+)
+def test_a_connection_without_a_byte_is_given_up(monkeypatch, where, of_4, named) -> None:
+    """Each protocol by the option that it follows: rtsp ignores rw_timeout."""
+    monkeypatch.setattr(sources, "listed", lambda *what: {"-stimeout"} if of_4 else {"-timeout"})
+    monkeypatch.setattr(sources, "reads_lists", lambda: False)
+    words = command(ffmpeg_input(SoundSource(kind="url", where=where)).output("-"))
+    limits = {word: words[at + 1] for at, word in enumerate(words) if word.endswith("timeout")}
+    assert limits == ({f"-{named}": "15000000"} if named else {})
 
 
 def test_standard_input_is_read_to_its_end() -> None:

@@ -10,7 +10,7 @@ from stream_process import Stream, furnish
 
 from flashtalk_cli.config import SoundSource, StreamJob
 from flashtalk_cli.errors import InputError, OutputError
-from flashtalk_cli.live import session
+from flashtalk_cli.live import microphone, session
 from flashtalk_cli.media.ffmpeg import find_ffmpeg
 from flashtalk_cli.presets import load
 
@@ -63,8 +63,8 @@ def test_a_taken_folder_a_missing_device_and_a_refused_picture_end_in_their_exit
     assert not (place / "new").exists()
     last = absent.events[-1]
     assert last["event"] == "error"
-    assert last["message"].startswith("no-such: no sound can be had from it (")
-    assert last["message"].endswith("--audio mic:DEVICE")
+    assert last["message"].startswith("no-such: ")
+    assert last["message"].endswith(("--audio mic:DEVICE", "--audio -"))
     assert not [happened for happened in absent.events if happened["event"] == "live"]
 
 
@@ -92,11 +92,29 @@ def test_a_stream_says_where_it_went_and_begins_anew_only_when_told_to(place) ->
 
 def test_a_device_that_gives_nothing_at_first_is_waited_for(tmp_path, monkeypatch) -> None:
     """Only one that fails is refused: silence may end."""
-    microphone = SoundSource(kind="microphone", where="x")
+    source = SoundSource(kind="microphone", where="x")
     words = [find_ffmpeg(), "-f", "lavfi", "-re", "-i", "anullsrc", "-f", "null", "-"]
-    monkeypatch.setattr(session, "command", lambda stream: words)
-    monkeypatch.setattr(session, "DEVICE_S", 0.3)
-    session.check_first_start(job_of(tmp_path, microphone))
+    monkeypatch.setattr(microphone, "listed", lambda *what: {"alsa"})
+    monkeypatch.setattr(microphone, "command", lambda stream: words)
+    monkeypatch.setattr(microphone, "DEVICE_S", 0.3)
+    session.check_first_start(job_of(tmp_path, source))
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"),
+    [
+        ({"pulse"}, r"^hw:7: .* has no alsa: install the system's ffmpeg, or pipe arecord .* --audio -$"),
+        (
+            {"alsa"},
+            r"^hw:7: no sound can be had from it .*plug one in, or name another with --audio mic:DEVICE$",
+        ),
+    ],
+)
+def test_an_ffmpeg_without_alsa_is_no_missing_microphone(tmp_path, monkeypatch, devices, said) -> None:
+    monkeypatch.setattr(microphone, "_driver", lambda: "alsa")
+    monkeypatch.setattr(microphone, "listed", lambda *what: devices)
+    with pytest.raises(InputError, match=said):
+        session.check_first_start(job_of(tmp_path, SoundSource(kind="microphone", where="hw:7")))
 
 
 def test_a_stream_that_goes_on_looks_at_neither(tmp_path, monkeypatch) -> None:
@@ -112,12 +130,12 @@ def test_a_stream_that_goes_on_looks_at_neither(tmp_path, monkeypatch) -> None:
     worker = SimpleNamespace(ranks=SimpleNamespace(leads=True))
     (tmp_path / "hls").mkdir()
     (tmp_path / "hls/index.m3u8").touch()
-    microphone = SoundSource(kind="microphone", where="no-such")
+    source = SoundSource(kind="microphone", where="no-such")
     stop = session.threading.Event()
     with pytest.raises(Reached):
-        session.stream(worker, job_of(tmp_path, microphone, restarts=1), stop, 1)  # type: ignore[arg-type]
+        session.stream(worker, job_of(tmp_path, source, restarts=1), stop, 1)  # type: ignore[arg-type]
     with pytest.raises(OutputError):
-        session.stream(worker, job_of(tmp_path, microphone), stop, 1)  # type: ignore[arg-type]
+        session.stream(worker, job_of(tmp_path, source), stop, 1)  # type: ignore[arg-type]
 
 
 def test_a_slow_chunk_is_called_just_that() -> None:
@@ -126,9 +144,3 @@ def test_a_slow_chunk_is_called_just_that() -> None:
     assert said.startswith("a chunk of 1.12 s took 1.45 s to make beforehand")
     assert "--gpus" not in said
     assert "--gpus" in session.slow(1.45, 1.12, on_gpus=True)
-
-
-def test_the_last_words_count_what_each_output_got_and_what_was_shown_twice() -> None:
-    sinks = [SimpleNamespace(shown="out", frames_sent=303), SimpleNamespace(shown="srt://h:1", frames_sent=0)]
-    assert session._sent(sinks, 0) == "out (303 frames), srt://h:1 (0 frames); in real time"  # type: ignore[arg-type]
-    assert session._sent(sinks[:1], 7) == "out (303 frames); 7 frames were shown twice"  # type: ignore[arg-type]

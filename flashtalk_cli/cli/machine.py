@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 from flashtalk_cli import __version__, presets
 from flashtalk_cli.cli.hosts import split_of
+from flashtalk_cli.cli.needs import NEEDS, Needs
 from flashtalk_cli.config import Canvas, Compute, Preset
 from flashtalk_cli.errors import DeviceError, FlashtalkError
 from flashtalk_cli.media.codecs import opens
@@ -39,24 +40,6 @@ SOUND_ENCODERS = ("aac", "libopus")
 LIBRARIES = ("transformers", "safetensors", "numpy", "pillow")
 
 State = Literal["good", "note", "bad"]
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Memory that a model takes, at its preset's size, in bytes."""
-
-    gpu: float = 0  # weights, and what a chunk takes beside them
-    gpu_offloaded: float | None = None  # None: cannot be offloaded
-    host_offloaded: float = 0
-
-
-# By model, and whether in eight bits. The peak on one H200 was 44.0 GiB in bfloat16 and 37.1 in fp8 (`flashtalk bench`);
-# the driver's own share is added. With --offload it was 12.1 GB (`scripts/gpu-check offload`), and the allocator
-# held up to 22.5 where there was room; the host's share is counted.
-NEEDS = {
-    ("soulx-14b", False): Needs(gpu=49e9, gpu_offloaded=20e9, host_offloaded=44e9),
-    ("soulx-14b", True): Needs(gpu=42e9),
-}
 
 
 @dataclass(frozen=True)
@@ -120,14 +103,22 @@ def check_machine(preset: Preset) -> None:
     if runs_on_cpu(compute):
         check_cpu(preset)
     elif compute.device == "cuda" and most == 0:
-        raise DeviceError(
-            f"preset {preset.name} needs a GPU and this machine has none: take --preset mini, which is for a CPU, "
-            "or --device cpu, or --set compute.device=cpu where a command has no --device"
-        )
+        raise DeviceError(_no_gpu(preset))
     elif most and compute.gpus != "all" and compute.gpus > most:
         raise DeviceError(
             f"preset {preset.name} needs {compute.gpus} GPUs, this machine has {most}: lower --gpus"
         )
+
+
+def _no_gpu(preset: Preset) -> str:
+    """What to say, and to do, where there is none: a model for a CPU, a released one, or somebody's own."""
+    model = KNOWN.get(preset.model.name)
+    if model is not None and model.repository is None:
+        return f"this machine has no GPU, and {preset.model.name} needs none: leave out --device cuda"
+    mend = "take --preset mini, which is for a CPU"
+    if model is None:
+        mend += ", or --device cpu, or --set compute.device=cpu where a command has no --device"
+    return f"preset {preset.name} needs a GPU and this machine has none: {mend}"
 
 
 def runs_on_cpu(compute: Compute) -> bool:

@@ -6,6 +6,7 @@ weight is loaded: preset, output, picture, machine, sound, model. Then the job g
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from flashtalk_cli import launch, log
 from flashtalk_cli.cli.display import Display, choose
 from flashtalk_cli.cli.hosts import check_split
 from flashtalk_cli.cli.machine import cautions, check_cpu, check_machine, processes_of
-from flashtalk_cli.config import SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
+from flashtalk_cli.config import LEAST_PX, MOST_PX, PATCH_PX, SAMPLE_RATE_HZ, Canvas, Preset, RenderJob
 from flashtalk_cli.errors import ConfigError, OutputError
 from flashtalk_cli.events import event
 from flashtalk_cli.media.audio import prepare_speech
@@ -134,8 +135,9 @@ def _growth_shown(folder: Path, display: Display) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(PROGRESS_EVERY_S):
             with suppress(FileNotFoundError):  # removed in this moment: the sound was no good
-                ready_bytes = sum(path.stat().st_size for path in folder.iterdir())
-                display.progress("sound", ready_bytes / BYTES_PER_SECOND, None, "s")
+                ready_s = sum(path.stat().st_size for path in folder.iterdir()) / BYTES_PER_SECOND
+                if ready_s >= 1:  # 0 s would read as its length
+                    display.progress("sound", ready_s, None, "s")
 
     watcher = threading.Thread(target=watch, name="sound-progress", daemon=True)
     watcher.start()
@@ -168,8 +170,15 @@ def _sides(size: str) -> list[Override]:
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
     if match is None:
         raise ConfigError(f"--size is {size!r}; accepted: WIDTHxHEIGHT such as 144x160, or auto")
+    sides = [int(side) for side in match.groups()]
+    if any(side % PATCH_PX for side in sides) and all(LEAST_PX <= side <= MOST_PX for side in sides):
+        below, above = (
+            "x".join(str(PATCH_PX * whole(side / PATCH_PX)) for side in sides)
+            for whole in (math.floor, math.ceil)
+        )
+        raise ConfigError(f"--size {size}: sides are multiples of {PATCH_PX}: take {below} or {above}")
     keys = ("canvas.width_px", "canvas.height_px")
-    return [Override(key, int(side), "--size") for key, side in zip(keys, match.groups(), strict=True)]
+    return [Override(key, side, "--size") for key, side in zip(keys, sides, strict=True)]
 
 
 def _output(request: Request, preset: Preset) -> Path | None:

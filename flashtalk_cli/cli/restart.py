@@ -87,11 +87,8 @@ def run(job: StreamJob, start: Start, show: Callable[[events.Event], None], requ
             time.sleep(LOOK_UP_S)
         if requests:
             duration_s = n_frames / job.preset.sampling.fps
-            show(
-                events.event(
-                    "done", path=next(_recordings(job), None), frames=n_frames, duration_s=duration_s
-                )
-            )
+            there = next((path for path in _recordings(job) if path.is_file()), None)
+            show(events.event("done", path=there, frames=n_frames, duration_s=duration_s))
             return 0
         job = resumed(job, attempt.last)
 

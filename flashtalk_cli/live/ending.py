@@ -26,27 +26,25 @@ LOOK_UP_S = 0.2
 class Ending:
     """Does once what ends a stream: called when the loop has ended, or by the thread of `watched`."""
 
-    def __init__(self, stop: threading.Event, end: Callable[[bool], None]) -> None:
+    def __init__(self, stop: threading.Event, end: Callable[[bool], int]) -> None:
         self._stop = stop
         self._end = end
         self._lock = threading.Lock()
-        self._called = threading.Event()
+        self._called = False
+        self._code = FlashtalkError.exit_code
 
-    def __call__(self, late: bool = False) -> None:
-        """End it; `late` is whether the loop is still at work. Who comes second waits for the first."""
+    def __call__(self, late: bool = False) -> int:
+        """End it; the exit code. `late` is whether the loop is still at work. Who comes second waits for the first."""
         with self._lock:
-            if not self._called.is_set():
-                self._called.set()
-                self._end(late)
+            if not self._called:
+                self._called = True
+                self._code = self._end(late)
+            return self._code
 
     def watched(self) -> AbstractContextManager[None]:
         """While the context is open, a request to stop that the loop does not come to ends the process."""
 
-        def end() -> int:
-            self(late=True)
-            return 0
-
-        return outlived(self._stop, GRACE_S, end)
+        return outlived(self._stop, GRACE_S, lambda: self(late=True))
 
 
 def outlived(stop: threading.Event, grace_s: float, end: Callable[[], int]) -> AbstractContextManager[None]:

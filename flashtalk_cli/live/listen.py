@@ -4,7 +4,8 @@ A client connects to ws://HOST:PORT/ (with a token, if there is one, as `Authori
 `?token=TOKEN`) and is told `{"type": "ready", "pcm": "s16le:16000:1"}`. Then it sends
 
     binary messages            samples in that format, cut anywhere, as fast as it likes
-    {"type": "interrupt"}      drop what is not yet spoken; answered with {"type": "interrupted", ...}
+    {"type": "interrupt"}      drop what is not yet spoken; answered with {"type": "interrupted", ...}; what
+                               follows begins with a whole sample
     {"type": "end"}            no more sound will come at all: the stream ends, or idles with --keep-alive
 
 It may go faster than the speech: what it says is read at once and kept until there is room for it, so that an
@@ -22,6 +23,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -42,6 +44,7 @@ MESSAGE_BYTES = 1 << 20  # a longer message is refused, and the connection close
 TEXT_CHARACTERS = 1000
 AHEAD_BYTES = 64 << 20  # of sound that waits for room: 349 s, or a single message if that is longer
 MOST_CONNECTIONS = 16  # at once, two threads each; most of them have not shown a token yet
+CLOSING_S = 1.0  # what a client gets to answer when its connection is closed
 BUSY, UNFIT = 1013, 1003  # codes that a WebSocket closes with
 # An agent whose machine is gone is found out in 40 s, by the system: an answer to a ping of ours would wait
 # behind the sound of one that is far ahead.
@@ -106,9 +109,11 @@ class ListenSource(Source):
             process_request=self._refusal,
             compression=None,
             ping_interval=None,
+            close_timeout=CLOSING_S,
             logger=_silent_logger(),
         )
-        self._server.handler = _at_most(MOST_CONNECTIONS, self._server.handler)
+        self._agent: socket.socket | None = None  # who was let in last
+        self._server.handler = self._door = _Door(MOST_CONNECTIONS, self._server.handler)
         self.address = Address(*self._server.socket.getsockname()[:2])
         self.state = "waiting"
 
@@ -138,6 +143,7 @@ class ListenSource(Source):
 
     def _leave_when_done(self) -> None:
         self._done.wait()
+        self._door.shut(self._agent)
         self._server.shutdown()
 
     def _hand_on(self) -> None:
@@ -170,6 +176,7 @@ class ListenSource(Source):
         if not self._busy.acquire(blocking=False):
             connection.close(BUSY, "another client is connected")
             return
+        self._agent = connection.socket
         try:
             self._listen_to(connection)
         except ConnectionClosed as error:  # it died, or broke the rules
@@ -194,6 +201,7 @@ class ListenSource(Source):
             kind = _kind_of(message)
             if kind == "interrupt":
                 dropped_s = self.interrupt()
+                decoder = Decoder(self._pcm)  # part of a sample may be left of what was dropped
                 connection.send(json.dumps({"type": "interrupted", "dropped_s": round(dropped_s, 3)}))
             elif kind == "end":
                 self._ahead.put(decoder.finish(), self.closed.is_set)
@@ -223,21 +231,35 @@ def _silent_logger() -> logging.Logger:
     return silent
 
 
-def _at_most(n: int, handle: Callable[[socket.socket, Any], None]) -> Callable[[socket.socket, Any], None]:
-    """What handles n connections at once and closes those beyond them."""
-    places = threading.BoundedSemaphore(n)
+class _Door:
+    """What handles connections: so many at once, and those beyond them are closed."""
 
-    def handle_if_free(line: socket.socket, where: Any) -> None:
-        is_free = places.acquire(blocking=False)
-        if not is_free:
-            line.close()  # the server finds it so, and forgets it
+    def __init__(self, n: int, handle: Callable[[socket.socket, Any], None]) -> None:
+        self._n = n
+        self._handle = handle
+        self._lock = threading.Lock()
+        self._lines: set[socket.socket] = set()
+
+    def __call__(self, line: socket.socket, where: Any) -> None:
+        """Handle a connection to its end."""
+        with self._lock:
+            if len(self._lines) < self._n:
+                self._lines.add(line)
+            else:
+                line.close()  # the server finds it so, and forgets it
         try:
-            handle(line, where)
+            self._handle(line, where)
         finally:
-            if is_free:
-                places.release()
+            with self._lock:
+                self._lines.discard(line)
 
-    return handle_if_free
+    def shut(self, agent: socket.socket | None) -> None:
+        """Cut everybody off but the agent, and let nobody in: strangers would be waited for until they leave."""
+        with self._lock:
+            self._n = 0
+            for line in self._lines - {agent}:
+                with suppress(OSError):  # it has just left
+                    line.shutdown(socket.SHUT_RDWR)
 
 
 def _token_of(request: Request) -> bytes:

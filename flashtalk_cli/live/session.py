@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashtalk_cli.config import SoundSource, StreamJob
-from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, InputError, UsageError
+from flashtalk_cli.config import StreamJob
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE, UsageError
 from flashtalk_cli.events import Emitter
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.control import Control
@@ -23,16 +22,16 @@ from flashtalk_cli.live.delivery import Delivery
 from flashtalk_cli.live.ending import Ending, heard_at_once, on_request, outlived
 from flashtalk_cli.live.inputs import open_source
 from flashtalk_cli.live.loop import DRAIN_S, Loop, Manners
+from flashtalk_cli.live.microphone import check_microphone
+from flashtalk_cli.live.outcome import SERVERS, are_late, failure, where_it_went
 from flashtalk_cli.live.pacing import Rules
-from flashtalk_cli.live.sources import Source, ffmpeg_input
+from flashtalk_cli.live.sources import Source
 from flashtalk_cli.live.stage import ModelPerformer, Stage
 from flashtalk_cli.live.status import status_of
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
 from flashtalk_cli.live.web import Web
-from flashtalk_cli.media.ffmpeg import cause, command
 from flashtalk_cli.media.live.encoder import LiveEncoder
 from flashtalk_cli.media.live.recording import check_folder
-from flashtalk_cli.media.live.statistics import SinkStatistics
 from flashtalk_cli.media.live.targets import Target, parse_target
 
 if TYPE_CHECKING:  # it dispatches to this module
@@ -41,9 +40,7 @@ if TYPE_CHECKING:  # it dispatches to this module
 log = logging.getLogger(__name__)
 
 STATUS_EVERY_S = 1.0
-SERVERS = ("rtmp", "srt", "whip")  # outputs that know whether somebody takes what is sent
 BLOCKED_S = 0.5  # how often a write that waits for the encoder looks whether the stream is to end
-DEVICE_S = 5.0  # what a microphone gets to give its first sound, or to fail
 STOP_S, END_S = 1.5, 30.0  # what the outputs get to end, when asked to stop and at the end of the sound
 
 
@@ -79,21 +76,7 @@ def check_first_start(job: StreamJob) -> None:
         if kind == "hls":
             check_folder(Path(place), job.overwrite)
     if job.source.kind == "microphone":
-        _check_microphone(job.source)
-
-
-def _check_microphone(source: SoundSource) -> None:
-    words = command(ffmpeg_input(source).output("-", format="null", map="0:a:0", t=0.1))
-    try:
-        tried = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEVICE_S)
-    except subprocess.TimeoutExpired:  # it is there, and silent
-        return
-    if tried.returncode:
-        lines = tried.stderr.decode(errors="replace").splitlines()
-        raise InputError(
-            f"{source.where or 'the microphone'}: no sound can be had from it "
-            f"({cause(tried.returncode, lines)}); plug one in, or name another with --audio mic:DEVICE"
-        )
+        check_microphone(job.source.where)
 
 
 def _warm_up(worker: Worker, stage: Stage) -> None:
@@ -157,24 +140,30 @@ def lead(
         def status() -> dict[str, Any]:
             return status_of(loop, source.state, encoder.statistics(), job.restarts)
 
-        def end(late: bool) -> None:
+        def end(late: bool) -> int:
             if late:
                 source.close()
                 delivery.finish(DRAIN_S)
+            before = encoder.statistics()
             with on_request(stop, lambda over: encoder.hurry(STOP_S)):
-                in_time = encoder.end(STOP_S if stop.is_set() else END_S)
-            if not in_time or not (stop.is_set() or sent):
+                encoder.end(STOP_S if stop.is_set() else END_S)
+            sinks = encoder.statistics()
+            if are_late(before, sinks) or not (stop.is_set() or sent):
                 limit_s = STOP_S if stop.is_set() else END_S
                 warn(f"not every output was done within {limit_s:.0f} s; what was not sent is lost")
             stack.close()
-            emitter.emit("stage", name="sent", detail=_sent(encoder.statistics(), delivery.repeated_frames))
+            emitter.emit("stage", name="sent", detail=where_it_went(sinks, delivery.repeated_frames))
+            if delivery.sent_frames and (problem := failure(sinks)):
+                emitter.error(problem)
+                return problem.exit_code
             emitter.emit(
                 "done",
-                path=next((target.path for target in targets if target.kind == "file"), None),
+                path=next(iter(encoder.recordings), None),
                 frames=delivery.sent_frames,
                 duration_s=delivery.sent_frames / rules.fps,
                 elapsed_s=None,  # as long as it lasts: a rate of it would count the start and the tail
             )
+            return 0
 
         sent = False
         handler = Commands(loop, source, performer, status)
@@ -193,8 +182,7 @@ def lead(
             sent = loop.run()
         if source.failure is not None and not delivery.sent_frames:
             raise source.failure
-        ending()
-    return 0
+        return ending()
 
 
 class Commands:
@@ -226,12 +214,6 @@ class Commands:
                     "commands are status, interrupt, mute, unmute, prompt with a text, picture with a path, stop"
                 )
         return {}
-
-
-def _sent(sinks: Sequence[SinkStatistics], repeated_frames: int) -> str:
-    """Where a stream went, and whether it was on time."""
-    where = ", ".join(f"{sink.shown} ({sink.frames_sent} frames)" for sink in sinks)
-    return f"{where}; {f'{repeated_frames} frames were shown twice' if repeated_frames else 'in real time'}"
 
 
 def _encoder(

@@ -12,12 +12,9 @@ import os
 import random
 import re
 import select
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,9 +25,10 @@ from flashtalk_cli.config import PcmFormat, SoundSource
 from flashtalk_cli.errors import FlashtalkError, InputError
 from flashtalk_cli.live.clock import Clock
 from flashtalk_cli.live.masking import masked, shown_address
+from flashtalk_cli.live.microphone import microphone
 from flashtalk_cli.live.reading import LIST, LongReading, list_of_one, reads_lists
 from flashtalk_cli.live.timeline import RATE_HZ, Timeline
-from flashtalk_cli.media.ffmpeg import cause
+from flashtalk_cli.media.ffmpeg import cause, find_ffmpeg, listed
 from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.backoff import SETTLED_S, Backoff
 
@@ -62,7 +60,6 @@ PROTOCOLS = {
     "https": "https,http,tcp,tls,crypto",
 }
 WAITING_SCHEMES = ("http", "https", "tcp")  # whose senders wait when we do not read
-MICROPHONES = {"linux": ("pulse", "alsa"), "darwin": ("avfoundation",), "win32": ("dshow",)}
 NUMPY_TYPES = {"s16le": "<i2", "s16be": ">i2", "s32le": "<i4", "f32le": "<f4", "u8": "u1"}
 
 
@@ -266,7 +263,7 @@ def ffmpeg_input(source: SoundSource) -> Any:
         options |= {"ss": source.start_s} if source.start_s else {}
         return ffmpeg.input(f"file:{source.where}", protocol_whitelist="file,pipe", vn=None, **options)
     if source.kind == "microphone":
-        return _microphone(source.where)
+        return microphone(source.where)
     protocols = PROTOCOLS[urlsplit(source.where).scheme]
     if listed_input(source):
         return ffmpeg.input(LIST, format="concat", safe=0, protocol_whitelist=f"pipe,{protocols}", vn=None)
@@ -282,26 +279,14 @@ def listed_input(source: SoundSource) -> bytes:
 
 def _url_options(source: SoundSource) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if "tcp" in PROTOCOLS[scheme := urlsplit(source.where).scheme].split(","):
+    scheme = urlsplit(source.where).scheme
+    if scheme == "rtsp":  # whose own limit ffmpeg 4 calls stimeout: there, timeout makes it a server
+        of_4 = "-stimeout" in listed(find_ffmpeg(), "-h", "demuxer=rtsp")
+        options["stimeout" if of_4 else "timeout"] = round(STALLED_S * 1e6)
+    elif "tcp" in PROTOCOLS[scheme].split(","):
         options["rw_timeout"] = round(STALLED_S * 1e6)
     if scheme in ("http", "https"):  # a file goes on where it broke, and does not begin anew
         options |= {"reconnect": 1, "reconnect_delay_max": round(RESUME_S)}
     if scheme not in WAITING_SCHEMES:  # what is live is to be heard soon: ffmpeg would look at five seconds
         options |= {"fflags": "nobuffer", "analyzeduration": round(LOOKED_AT_S * 1e6)}
     return options
-
-
-def _microphone(device: str) -> Any:
-    system = next((name for name in MICROPHONES if sys.platform.startswith(name)), "linux")
-    driver = MICROPHONES[system][0]
-    if system == "linux" and not _pulse_runs():
-        driver = "alsa"
-    default = {"avfoundation": ":0", "dshow": "audio=Microphone"}.get(driver, "default")
-    named = f"audio={device}" if driver == "dshow" and device else device
-    return ffmpeg.input(named or default, format=driver)
-
-
-def _pulse_runs() -> bool:
-    with suppress(OSError):
-        return any(Path(f"/run/user/{os.getuid()}/pulse").iterdir())
-    return False

@@ -79,9 +79,9 @@ def encoders(program: str | None = None) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=16)
-def listed(program: str, what: str) -> frozenset[str]:
+def listed(program: str, *what: str) -> frozenset[str]:
     """All words of a listing of that ffmpeg, such as `-muxers` or `-protocols`; empty when it does not run."""
-    return frozenset(_stdout_of(program, what).split())
+    return frozenset(_stdout_of(program, *what).split())
 
 
 def version(program: str | None = None) -> str:

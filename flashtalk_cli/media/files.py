@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from flashtalk_cli.errors import InputError
+
+FULL_BYTES = 1 << 20  # a disk with less to give is full
+ADDRESS = re.compile(r"(https?|ftp|data|s3):/*", re.IGNORECASE)  # as a path has it: with a single slash
 
 
 def shown(path: Path | str) -> str:
@@ -40,6 +44,11 @@ def check_file(path: Path, wanted: str) -> int:
         with path.open("rb"):
             pass
     except FileNotFoundError:
+        if ADDRESS.match(str(path)):
+            text = ADDRESS.sub(r"\1://", shown(path), count=1)
+            raise InputError(
+                f"{text}: is an address, not a file; save it to disk first and give {wanted}"
+            ) from None
         raise InputError(f"{shown(path)}: no such file; give {wanted}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -47,3 +56,9 @@ def check_file(path: Path, wanted: str) -> int:
     if found.st_size == 0:
         raise InputError(f"{shown(path)}: is empty (0 bytes); give {wanted}")
     return found.st_size
+
+
+def disk_is_full(place: int | Path) -> bool:
+    """Whether the disk that a descriptor or a folder lies on has nothing left to give."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize < FULL_BYTES

@@ -85,7 +85,8 @@ class Soundtrack:
                     due -= round(self.written_frames * rate_hz / self._fps)
                     samples = np.zeros((due, n_channels), ">f4")  # silence where the sound has ended
                     heard = self._reading.samples(due)
-                    samples[: len(heard)] = heard
+                    # Encoders that meet sound far beyond full scale, or none at all, end or hang.
+                    samples[: len(heard)] = np.nan_to_num(heard, nan=0.0).clip(-1, 1)
                     _write_all(pipe, samples.tobytes())
                     self.written_frames = n_frames
         except (OSError, ValueError) as error:  # ffmpeg ended, or the file was closed under us

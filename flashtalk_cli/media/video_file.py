@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import subprocess
-from collections.abc import Sequence
+import threading
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -25,18 +25,17 @@ from flashtalk_cli.errors import OutputError
 from flashtalk_cli.media.codecs import GROUP_S, Container, VideoCodec, container_of, pick_video_codec
 from flashtalk_cli.media.feed import FfmpegFeed
 from flashtalk_cli.media.ffmpeg import Reading, cause, command, file_input, run
-from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.files import disk_is_full, shown
+from flashtalk_cli.media.mends import known, mend_of
 from flashtalk_cli.media.part_file import PartFile, check_writable
 from flashtalk_cli.media.soundtrack import Soundtrack
 
 log = logging.getLogger(__name__)
 
 STDOUT_SUFFIX = ".mp4"  # what goes to standard output, fragmented
-ABORT_S = 20.0  # for the encoder to write what it holds
 LOST_S = (
     0.05  # of sound that is missing at the end and says that the file was cut; encoders pad, and lose none
 )
-FULL_BYTES = 1 << 20  # a disk with less to give is full
 
 # bt709 in limited range is what every player assumes; said three times, because the scaler, the frames
 # and the encoder each look at their own copy.
@@ -49,14 +48,6 @@ COLOUR: dict[str, Any] = {
     "colorspace": "bt709",
     "color_primaries": "bt709",
     "color_trc": "bt709",
-}
-
-MENDS = {
-    "No space left": "free some space or write elsewhere",
-    "quota": "free some space or write elsewhere",
-    "SIGXFSZ": "raise the limit on file sizes (ulimit -f) or write elsewhere",
-    "File too large": "raise the limit on file sizes (ulimit -f) or write elsewhere",
-    "SIGKILL": "somebody or a lack of memory ended it; run again",
 }
 
 
@@ -82,7 +73,8 @@ class VideoFile:
     `output` None writes a fragmented MP4 to the descriptor `stdout`. `audio` is any file with sound, kept
     at its own rate, mono or stereo; it is cut, or filled with silence, to the length of the frames.
     `comment` becomes the file's comment. Raises `OutputError`, from the constructor too, and `InputError`
-    for an `audio` without sound. Leaving the context without `finish` is `abort`.
+    for an `audio` without sound. Leaving the context without `finish` is `abort`. `stop` is set when the run
+    is to end: an ffmpeg that is stuck then is waited for no longer than an `abort` would.
     """
 
     def __init__(
@@ -98,6 +90,7 @@ class VideoFile:
         comment: str = "",
         overwrite: bool = False,
         stdout: int = 1,
+        stop: threading.Event | None = None,
     ) -> None:
         self._container, codec = check_output(output, encoding, width_px, height_px, overwrite)
         self._output = output
@@ -105,6 +98,7 @@ class VideoFile:
         self._fps = fps
         self._n_frames = n_frames
         self._sound_s = n_frames / fps if audio is not None else 0.0
+        self._stop = stop
         self.frames_written = 0
         options: dict[str, Any] = {"vf": TO_YUV, "g": fps * GROUP_S, **COLOUR}
         options |= codec.options(encoding.crf, _suffix(output))
@@ -132,9 +126,10 @@ class VideoFile:
             streams.append(sound["a:0"])
             options = options | self._container.sound
         if self._part is None:
-            return FfmpegFeed(command(ffmpeg.output(*streams, "pipe:1", **options)), stdout, (), soundtrack)
+            writing = command(ffmpeg.output(*streams, "pipe:1", **options))
+            return FfmpegFeed(writing, stdout, (), soundtrack, self._stop)
         writing = command(ffmpeg.output(*streams, f"file:{self._part.path}", **options))
-        return FfmpegFeed(writing, subprocess.DEVNULL, (self._part.descriptor,), soundtrack)
+        return FfmpegFeed(writing, subprocess.DEVNULL, (self._part.descriptor,), soundtrack, self._stop)
 
     @property
     def pid(self) -> int | None:
@@ -161,8 +156,9 @@ class VideoFile:
         """
         assert self._feed is not None, "already finished or aborted"
         assert self.frames_written == self._n_frames, (self.frames_written, self._n_frames)
-        status, why = self._feed.end(), self._feed.cause()
-        if status != 0 or not self._feed.took_everything() or _known([why]):
+        feed = self._feed  # an `abort` from another thread ends ffmpeg, and so this wait
+        status, why = feed.end(), feed.cause()
+        if status != 0 or not feed.took_everything() or known([why]):
             raise self._failure(why)
         if self._written is not None and (missing := self._missing(self._written)):
             raise self._failure(missing)
@@ -181,13 +177,13 @@ class VideoFile:
         """End early: what was rendered, with its sound, is left in `NAME.part`, which is returned.
 
         None when there is nothing to keep. The final name is not touched. Never raises for ffmpeg's sake
-        and takes about 20 s at most. Does nothing after `finish`.
+        and takes about 5 s at most. Does nothing after `finish`.
         """
         feed, self._feed = self._feed, None
-        if feed is not None and feed.end(ABORT_S) is None:
-            log.warning("ffmpeg did not end within %.0f s and was killed", ABORT_S)
-            feed.kill()
+        is_ended = feed is None or feed.abort()
         kept = self._kept()
+        if kept and not is_ended:  # what ffmpeg held died with it
+            self.frames_written = readable(kept)[0]
         if self._part is not None and self._part.held:
             if kept is None:
                 self._part.discard()
@@ -239,7 +235,7 @@ class VideoFile:
             missing = cause(status, lines) if status else self._missing(whole)
             if not missing:
                 return whole
-            why = _known(lines) or missing
+            why = known(lines) or missing
             log.warning("%s stays a fragmented file, which plays too: %s", shown(part), why)
         except BaseException:
             whole.unlink(missing_ok=True)
@@ -250,22 +246,17 @@ class VideoFile:
     def _failure(self, why: str) -> OutputError:
         """ffmpeg ended too soon, or what it wrote was cut."""
         name = "standard output" if self._output is None else shown(self._output)
-        if not _known([why]) and self._disk_is_full():
+        if told := known([why]):
+            why = told
+        elif self._written is not None and disk_is_full(self._descriptor):  # the name may be gone
             why = os.strerror(errno.ENOSPC)
-        mend = next((mend for sign, mend in MENDS.items() if sign in why), "flashtalk doctor checks ffmpeg")
+        mend = mend_of(why)
         if self._output is None and ("Broken pipe" in why or "SIGPIPE" in why):
             mend = "the program that reads it went away"
         kept = self._kept()
         rest = f"; what was written is in {shown(kept)}" if kept else ""
         progress = f"{self.frames_written} of {self._n_frames} frames"
         return OutputError(f"{name}: ffmpeg ended after {progress} ({why}); {mend}{rest}")
-
-    def _disk_is_full(self) -> bool:
-        """Whether the disk that is written to has nothing left to give."""
-        if self._written is None:
-            return False
-        disk = os.fstatvfs(self._descriptor)  # the name may be gone
-        return disk.f_bavail * disk.f_frsize < FULL_BYTES
 
 
 def file_behind(descriptor: int) -> Path | None:
@@ -297,12 +288,6 @@ def readable(path: Path) -> tuple[int, float]:
             elif line.startswith(b"#tb 1:"):
                 time_base = Fraction(line.split(b":")[1].decode().strip())
     return n_frames, float(end * time_base)
-
-
-def _known(lines: Sequence[str]) -> str:
-    """The cause that ffmpeg gave, if it is one that we have a mend for: it is not always in the last line."""
-    known = [line for line in lines if any(sign in line for sign in MENDS)]
-    return known[0].rpartition(": ")[2] if known else ""
 
 
 def _suffix(output: Path | None) -> str:

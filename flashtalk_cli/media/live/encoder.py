@@ -13,7 +13,8 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -24,9 +25,10 @@ from flashtalk_cli.media.files import shown
 from flashtalk_cli.media.live.backoff import Backoff
 from flashtalk_cli.media.live.commands import Coding, Sending, after_restart, live_codec, sending
 from flashtalk_cli.media.live.encoder_process import Backlog, EncoderProcess
+from flashtalk_cli.media.live.limits import LivePolicy, SinkLimits
 from flashtalk_cli.media.live.recording import Recording, check_folder, clear_folder, next_name
 from flashtalk_cli.media.live.statistics import SinkStatistics
-from flashtalk_cli.media.live.supervise import Sink, SinkLimits
+from flashtalk_cli.media.live.supervise import Sink
 from flashtalk_cli.media.live.targets import Target
 from flashtalk_cli.media.live.units import (
     SAMPLE_RATE_HZ,
@@ -44,16 +46,6 @@ MOST_FRUITLESS = 5  # encoders in a row that end without having coded a frame
 RESTART_S = 0.1  # the first wait before a new encoder
 LOOK_UP_S = 0.1
 SLACK_S = 12.0  # for a process that does not die
-
-
-@dataclass(frozen=True)
-class LivePolicy:
-    """What an output may cost the others: nothing beyond these."""
-
-    queue_s: float = 6.0  # media that may wait for one output before it skips to a newer key frame
-    stall_s: float = 10.0  # without progress, until an output or the encoder is started again
-    retry_s: float = 0.5  # the first wait before an output is tried again; it doubles up to 30 s
-    max_kbps: int = 6000  # of video; what public services accept
 
 
 def check_targets(
@@ -148,6 +140,11 @@ class LiveEncoder:
     def sink_pids(self) -> tuple[int | None, ...]:
         """Process ids of the outputs' ffmpegs; None for one that has none now."""
         return tuple(sink.pid for sink in self._sinks)
+
+    @property
+    def recordings(self) -> tuple[Path, ...]:
+        """Recordings that have their names."""
+        return tuple(path for sink in self._sinks for path in sink.recorded)
 
     @property
     def frames_coded(self) -> int:

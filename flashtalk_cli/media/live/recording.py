@@ -22,6 +22,7 @@ class Recording:
     """
 
     def __init__(self, output: Path, overwrite: bool) -> None:
+        self._output = output
         self._part = PartFile(output, overwrite)
         self.path = self._part.path
         self.descriptor = self._part.descriptor  # the lock, for the writing process to hold too
@@ -31,9 +32,10 @@ class Recording:
         """Whether nothing was written, or nothing is left to us."""
         return not self._part.held or self._part.is_empty()
 
-    def publish(self) -> None:
-        """It is whole: give it its name. Raises `OutputError`; the part then stays."""
+    def publish(self) -> Path:
+        """It is whole: give it its name, which is returned. Raises `OutputError`; the part then stays."""
         self._part.publish(self._part.path)
+        return self._output
 
     def leave(self) -> Path | None:
         """It stays as the part file, which plays; None when nothing was written and nothing is left."""

@@ -12,8 +12,8 @@ State = Literal["connecting", "live", "waiting", "failed", "ended"]
 class SinkStatistics:
     """One output at one moment; nothing in it is secret.
 
-    `waiting` is between two attempts; `failed` and `ended` are for good. Frames dropped were never handed to
-    the output: it was away, or too slow. `behind_s` is media that is encoded and that it has not yet taken.
+    `waiting` is between two attempts; `failed` and `ended` are for good. Frames sent went over a connection;
+    frames dropped did not, for the output was away, or too slow. `behind_s` is media that is encoded and that it has not yet taken.
     """
 
     shown: str

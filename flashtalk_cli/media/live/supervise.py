@@ -6,18 +6,21 @@ in one line when it begins and one when it is over, however many attempts lie be
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import random
 import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 from flashtalk_cli.errors import OutputError
-from flashtalk_cli.media.files import shown
+from flashtalk_cli.media.files import disk_is_full, shown
 from flashtalk_cli.media.live.backoff import Backoff
 from flashtalk_cli.media.live.commands import Sending, after_restart
+from flashtalk_cli.media.live.limits import SinkLimits
 from flashtalk_cli.media.live.matroska import PADDING_US, cluster, header
 from flashtalk_cli.media.live.recording import Recording
 from flashtalk_cli.media.live.sink_process import SinkProcess
@@ -32,17 +35,6 @@ TICK_S = 0.1
 Tell = Callable[[str], None]
 Follow = Callable[[Target], tuple[Target, Sending, Recording]]
 """Opens the recording that follows one that was cut off."""
-
-
-@dataclass(frozen=True)
-class SinkLimits:
-    """`queue_s` of media may wait for the output; `stall_s` seconds without progress end an attempt, and the
-    first wait for the next is `retry_s`.
-    """
-
-    queue_s: float
-    stall_s: float
-    retry_s: float
 
 
 class Sink:
@@ -82,6 +74,10 @@ class Sink:
         self._deadline = float("inf")  # for everything to be written; monotonic
         self._state: State = "connecting"
         self._reconnects = self._bytes_sent = self._frames_sent = self._cut_frames = 0
+        self._given_frames = self._given_bytes = (
+            0  # to a process of which it is not known that it is connected
+        )
+        self.recorded: list[Path] = []  # recordings that have their names
         self._sent_us = 0
         self._last_error = ""
         self._outage_at: float | None = None
@@ -182,8 +178,12 @@ class Sink:
         try:
             if self._pump(process, live_at) and process.end(self._out_of_time):
                 self._state = "ended"
+                self._count_given()
             elif self.has_failed:
                 log.debug("%s: stopped", self.target.shown)
+            elif self._has_no_room():
+                process.kill()
+                self._note_outage(os.strerror(errno.ENOSPC))
             elif self._out_of_time():
                 self._last_error = self._last_error or "was not done when time was up"
             elif process.stalled_s() >= self._patience_s:
@@ -196,6 +196,7 @@ class Sink:
         finally:
             self._process = None
             process.kill()
+            self._count_given(has_arrived=process.is_live)
         return time.monotonic() - live_at[0] if live_at else 0.0
 
     def _pump(self, process: SinkProcess, live_at: list[float]) -> bool:
@@ -207,6 +208,8 @@ class Sink:
             if process.is_live and not live_at:
                 live_at.append(time.monotonic())
                 self._note_live()
+            if process.is_live or not self.target.is_network:
+                self._count_given()
             late = process.stalled_s() >= self._patience_s or self._out_of_time()
             return late or self.has_failed or not process.runs()
 
@@ -217,6 +220,8 @@ class Sink:
                     return not self.has_failed
                 process.note_idle()
                 continue
+            if unit.is_key and self._has_no_room():
+                return False
             if origin_us is None:
                 origin_us = self._origin_us(unit)
             data = head + cluster(unit, origin_us) if unit.time_us >= origin_us - PADDING_US else b""
@@ -224,13 +229,20 @@ class Sink:
             if not process.write(data, gives_up):
                 self._cut_frames += unit.is_video
                 return False
-            self._bytes_sent += len(data)
+            self._given_bytes += len(data)
             if unit.is_video:
-                self._frames_sent += 1
+                self._given_frames += 1
                 process.note_given(unit.time_us)
             if process.is_live:
                 self._sent_us = process.taken_us
         return False
+
+    def _count_given(self, has_arrived: bool = True) -> None:
+        """What the process was given has reached the output or is on its way over a connection; or it is lost."""
+        self._frames_sent += self._given_frames * has_arrived
+        self._bytes_sent += self._given_bytes * has_arrived
+        self._cut_frames += self._given_frames * (not has_arrived)
+        self._given_frames = self._given_bytes = 0
 
     def _origin_us(self, first: Unit) -> int:
         """Where a process's times begin: a recording's at the stream's start, others' where they join."""
@@ -239,6 +251,10 @@ class Sink:
     def _out_of_time(self) -> bool:
         return time.monotonic() >= self._deadline
 
+    def _has_no_room(self) -> bool:
+        """Whether segments have nowhere to go: ffmpeg would make empty ones, and say nothing."""
+        return self.target.kind == "hls" and self.target.path is not None and disk_is_full(self.target.path)
+
     def _go_on(self, follow: Follow, why: str) -> None:
         """A recording whose writer was killed gets its name, and plays; from the next key frame on another goes on."""
         assert self._recording is not None
@@ -246,7 +262,7 @@ class Sink:
         if self._recording.is_empty:
             self._recording.leave()
         else:
-            self._recording.publish()
+            self.recorded.append(self._recording.publish())
         self.target, self._sending, self._recording = follow(self.target)
         self._follows = True
         self._last_error = why
@@ -288,7 +304,7 @@ class Sink:
         if self._recording is not None:
             try:
                 if self._state == "ended" and not self.has_failed:
-                    self._recording.publish()
+                    self.recorded.append(self._recording.publish())
                 else:
                     self._recording.leave()
             except OutputError as error:
