@@ -116,9 +116,11 @@ def write_byte_tokenizer(folder: Path) -> int:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, for people to read."""
+    """Write a JSON object, for people to read; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -133,6 +135,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
             {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata
         )
     except SafetensorError as error:  # of a full disk, too
+        part.unlink(missing_ok=True)
         raise OSError(str(error)) from None
     part.chmod(mode)
     os.replace(part, path)
