@@ -6,7 +6,7 @@ import signal
 import sys
 from types import FrameType
 
-INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # of errors.py, which is not loaded yet
+from flashtalk_cli.errors import INTERRUPTED_EXIT_CODE
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -182,7 +182,7 @@ class Preset(Frozen):
         if round(hearing.context_s * fps) < chunk_frames + round(hearing.lookahead_s * fps):
             needed_s = chunk_frames / fps + hearing.lookahead_s
             raise ValueError(
-                f"hearing.context_s {self.hearing.context_s:g} is shorter than a chunk and its look-ahead, {needed_s:g} s"
+                f"hearing.context_s {hearing.context_s:g} is shorter than a chunk and its look-ahead, {needed_s:g} s"
             )
         return self
 

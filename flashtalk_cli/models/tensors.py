@@ -187,9 +187,8 @@ def _unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    except (
-        Exception
-    ) as error:  # a damaged pickle fails anywhere in torch's reader, an AssertionError among others
+    # A damaged pickle fails anywhere in torch's reader, by an AssertionError among others.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{path} is broken, cut off, or no file of weights ({reason[:120]}): "

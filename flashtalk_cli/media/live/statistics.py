@@ -13,7 +13,8 @@ class SinkStatistics:
     """One output at one moment; nothing in it is secret.
 
     `waiting` is between two attempts; `failed` and `ended` are for good. Frames sent went over a connection;
-    frames dropped did not, for the output was away, or too slow. `behind_s` is media that is encoded and that it has not yet taken.
+    frames dropped did not, for the output was away, or too slow. `behind_s` is media that is encoded and that
+    it has not yet taken.
     """
 
     shown: str

@@ -74,9 +74,8 @@ class Sink:
         self._deadline = float("inf")  # for everything to be written; monotonic
         self._state: State = "connecting"
         self._reconnects = self._bytes_sent = self._frames_sent = self._cut_frames = 0
-        self._given_frames = self._given_bytes = (
-            0  # to a process of which it is not known that it is connected
-        )
+        # Given to a process of which it is not known that it is connected.
+        self._given_frames = self._given_bytes = 0
         self.recorded: list[Path] = []  # recordings that have their names
         self._sent_us = 0
         self._last_error = ""
